@@ -1,0 +1,35 @@
+//! Which pages of a guest's memory were touched.
+//!
+//! A [`tracker::Tracker`] watches the memslots of one KVM virtual machine. It is *armed* at some moment,
+//! *harvested* as often as its user likes, and *disarmed* at the end; the time between two harvests is an
+//! *epoch*, and a harvest is the set of pages that were written in it. The library knows KVM and vm-memory,
+//! and nothing of the monitor that uses it.
+//!
+//! - [`addr`]: guest-physical addresses, frame numbers and ranges of them as types of their own.
+//! - [`bitmap`]: the dirty bitmap and the arithmetic on its words.
+//! - [`rate`]: how fast the guest dirties memory, and what follows for a migration.
+//! - [`rearm`]: what is write-protected again when an epoch ends.
+//! - [`refine`]: takes pages out of a harvest that may have been written and did not change.
+//! - [`region`]: the bitmap that vm-memory marks when the *host* writes to guest memory.
+//! - [`tracker`]: the trait, what a harvest is, and one module for each way of knowing.
+//! - [`collapse`]: huge mappings for memory whose tracking has split them.
+//! - `conformance` (a feature): the suite that holds any tracker to its guarantees, on any machine.
+//! - [`sys`]: the ioctls that no crate wraps. All `unsafe` code of the library is in there.
+
+pub mod addr;
+pub mod bitmap;
+pub mod collapse;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+mod mix;
+pub mod rate;
+pub mod rearm;
+pub mod refine;
+pub mod region;
+pub mod sys;
+pub mod tracker;
+
+/// The README's example is compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,267 @@
+//! Emptying the rings: which are read, when they are reset, and which pages that yields. The policy of
+//! `kvm-ring`, apart from the kernel.
+
+use std::sync::{Mutex, MutexGuard};
+
+use vmm_sys_util::errno;
+
+use crate::bitmap::PAGES_PER_WORD;
+use crate::sys::ring::DirtyEntry;
+use crate::tracker::dirty_log::{self, Logging};
+use crate::tracker::harvest::OwedSet;
+use crate::tracker::{Harvest, Slot, TrackerError};
+
+/// Resets in a row that give no place back before it is an error. One is common, when a signal is pending; the
+/// next finds it delivered.
+const IDLE_RESETS: usize = 1000;
+
+/// Of a ring of `entries`, how many are waiting when it is worth being emptied: a quarter. The smallest ring of a
+/// host with PML counts as full when it is not even half full, because KVM keeps 576 entries in reserve.
+pub(super) fn filling(entries: u32) -> u32 {
+    entries / 4
+}
+
+/// The rings of a VM's vCPUs: the mechanism.
+pub(crate) trait Rings: Send {
+    /// Number of vCPUs.
+    fn vcpus(&self) -> usize;
+    /// Entries that each ring has room for.
+    fn entries(&self) -> u32;
+    /// Whether at least `entries` of a vCPU's ring are dirty and not taken.
+    fn holds(&self, vcpu: usize, entries: u32) -> bool;
+    /// Takes the oldest entry of a vCPU's ring.
+    fn take(&mut self, vcpu: usize) -> Option<DirtyEntry>;
+    /// Protects the pages of entries that were taken, in all rings, and returns how many entries that were;
+    /// there may be more.
+    fn reset(&mut self) -> Result<u32, errno::Error>;
+}
+
+/// The pages that were collected since the last harvest.
+#[derive(Debug)]
+struct Collected {
+    set: OwedSet,
+    /// Slot number, index in the set and number of pages, in the order of the numbers.
+    slots: Vec<(u32, usize, u64)>,
+    /// Nothing was collected; the set need not be looked at.
+    empty: bool,
+}
+
+impl Collected {
+    fn new(slots: &[Slot]) -> Collected {
+        let mut by_id: Vec<_> =
+            slots.iter().enumerate().map(|(index, slot)| (slot.id(), index, slot.frames().pages)).collect();
+        by_id.sort_unstable();
+        Collected { set: OwedSet::new(slots), slots: by_id, empty: true }
+    }
+
+    fn clear(&mut self) {
+        self.set.clear();
+        self.empty = true;
+    }
+
+    /// Notes the entries that vCPU number `vcpu` wrote, for as long as `take` has any. One of a slot that nobody
+    /// tracks, or beyond its slot, is nobody's: whoever turned the log of that slot on has to read it.
+    fn note(&mut self, vcpu: usize, mut take: impl FnMut() -> Option<DirtyEntry>) {
+        let mut next = take();
+        while let Some(first) = next {
+            self.empty = false;
+            let found = self.slots.binary_search_by_key(&first.slot, |slot| slot.0);
+            let Ok(found) = found else {
+                next = take();
+                continue;
+            };
+            let (id, index, pages) = self.slots[found];
+            let mut marks = self.set.slot(index).marks_of(vcpu);
+            // Entries come in long runs of one slot, so that is what is looked up once.
+            while let Some(entry) = next.filter(|entry| entry.slot == id) {
+                if entry.page < pages {
+                    let page = entry.page as usize;
+                    marks.add(page / PAGES_PER_WORD, 1 << (page % PAGES_PER_WORD));
+                }
+                next = take();
+            }
+        }
+    }
+}
+
+/// The rings of a VM and what was read from them. It exists once for each VM, behind a mutex; the tracker, its
+/// reaper and the vCPUs whose ring is full take turns.
+#[derive(Debug)]
+pub(crate) struct Collector<R> {
+    pub(super) rings: R,
+    /// Entries that were taken and not reset: pages that may be written without a new entry. Nothing is handed
+    /// out while there are any.
+    unreset: u64,
+    /// None while nobody tracks: what is in the rings is dropped then.
+    collected: Option<Collected>,
+}
+
+impl<R: Rings> Collector<R> {
+    pub(super) fn new(rings: R) -> Collector<R> {
+        Collector { rings, unreset: 0, collected: None }
+    }
+
+    /// Adopts a vCPU that was added to the rings.
+    pub(super) fn vcpu_added(&mut self) {
+        if let Some(collected) = &mut self.collected {
+            collected.set.tell_apart(self.rings.vcpus());
+        }
+    }
+
+    /// Serves a vCPU that left the guest because its ring is full: when this returns, it can go on.
+    pub(super) fn serve_full(&mut self, vcpu: usize) -> Result<(), TrackerError> {
+        self.empty_rings(|this, other| other == vcpu || this.is_filling(other))
+    }
+
+    /// Empties the rings that are filling, so that their vCPUs need not wait for it. Costs one look at each
+    /// ring where there is nothing to do.
+    pub(super) fn relieve(&mut self) -> Result<(), TrackerError> {
+        // A reset has its price also for the guest: pages that it still writes to cost it another fault. So it
+        // is left alone as long as there is room.
+        if (0..self.rings.vcpus()).any(|vcpu| self.is_filling(vcpu)) {
+            self.empty_rings(Collector::is_filling)?;
+        }
+        Ok(())
+    }
+
+    fn is_filling(&self, vcpu: usize) -> bool {
+        self.rings.holds(vcpu, filling(self.rings.entries()))
+    }
+
+    /// Takes what the `chosen` rings hold, and has the pages protected again.
+    fn empty_rings(&mut self, chosen: impl Fn(&Self, usize) -> bool) -> Result<(), TrackerError> {
+        for vcpu in 0..self.rings.vcpus() {
+            if !chosen(self, vcpu) {
+                continue;
+            }
+            let Collector { rings, unreset, collected } = self;
+            // A ring is finite, and KVM gets no place back before the reset: this ends, however fast the vCPU.
+            let mut take = || rings.take(vcpu).inspect(|_| *unreset += 1);
+            match collected {
+                Some(collected) => collected.note(vcpu, take),
+                None => while take().is_some() {},
+            }
+        }
+        self.reset()
+    }
+
+    fn reset(&mut self) -> Result<(), TrackerError> {
+        let mut idle = 0;
+        while self.unreset > 0 {
+            let failed = |source| TrackerError::ResetRings { left: self.unreset, source };
+            let count = self.rings.reset().map_err(failed)?;
+            idle = if count == 0 { idle + 1 } else { 0 };
+            if idle == IDLE_RESETS {
+                return Err(failed(errno::Error::new(libc::EINTR)));
+            }
+            self.unreset = self.unreset.saturating_sub(count.into());
+        }
+        Ok(())
+    }
+}
+
+/// Takes the lock. A panic elsewhere leaves the collector as it was between two entries, which is whole.
+pub(crate) fn lock<R>(collector: &Mutex<Collector<R>>) -> MutexGuard<'_, Collector<R>> {
+    collector.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// What is armed, what is owed, and when the rings are emptied for it.
+#[derive(Debug)]
+pub(crate) struct Ringed<L: Logging> {
+    log: L,
+    slots: Vec<Slot>,
+    owed: OwedSet,
+    /// The set that the collector fills while the tracker is armed.
+    spare: Option<Collected>,
+}
+
+impl<L: Logging> Ringed<L> {
+    /// `slots` are those of `log`, in the order of their addresses.
+    pub(super) fn new(log: L, slots: Vec<Slot>) -> Ringed<L> {
+        Ringed { owed: OwedSet::new(&slots), spare: Some(Collected::new(&slots)), log, slots }
+    }
+
+    pub(super) fn is_armed(&self) -> bool {
+        self.spare.is_none()
+    }
+
+    /// See [`Tracker::arm`](crate::tracker::Tracker::arm).
+    pub(super) fn arm<R: Rings>(&mut self, collector: &mut Collector<R>) -> Result<(), TrackerError> {
+        if collector.collected.is_some() {
+            return Err(TrackerError::AlreadyArmed);
+        }
+        let Some(mut spare) = self.spare.take() else { return Err(TrackerError::AlreadyArmed) };
+        self.owed.tell_apart(collector.rings.vcpus());
+        spare.set.tell_apart(collector.rings.vcpus());
+        spare.clear();
+        collector.collected = Some(spare);
+        let outcome = self.begin(collector);
+        if outcome.is_err() {
+            // What was turned on goes off again. If that fails too, the first error is the one to know.
+            let _ = dirty_log::stop(&mut self.log, &self.slots);
+            self.spare = collector.collected.take();
+        }
+        outcome
+    }
+
+    fn begin<R: Rings>(&mut self, collector: &mut Collector<R>) -> Result<(), TrackerError> {
+        // What an earlier tracker left behind. It would not be wrong to report, but nobody wrote it just now.
+        collector.empty_rings(|_, _| true)?;
+        if let Some(collected) = &mut collector.collected {
+            collected.clear();
+        }
+        dirty_log::prepare(&mut self.log)?;
+        for (index, slot) in self.slots.iter().enumerate() {
+            dirty_log::start(&mut self.log, index, slot)?;
+        }
+        Ok(())
+    }
+
+    /// Collects what was written, and has it protected again: after this, and before it is
+    /// [handed out](Ringed::hand_out), a page is written with a new entry or not at all.
+    pub(super) fn collect<R: Rings>(&mut self, collector: &mut Collector<R>) -> Result<(), TrackerError> {
+        if !self.is_armed() {
+            return Err(TrackerError::NotArmed);
+        }
+        // What is collected stays where it is when this fails.
+        collector.empty_rings(|_, _| true)?;
+        match &mut collector.collected {
+            Some(collected) if !collected.empty => {
+                self.owed.absorb(&mut collected.set);
+                collected.empty = true;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Adds what the host wrote to what was collected, and lends it out.
+    pub(super) fn hand_out(&mut self) -> Harvest<'_> {
+        for (index, slot) in self.slots.iter().enumerate() {
+            let owed = self.owed.slot(index);
+            slot.host_writes().drain(|word, bits| owed.add_host(word, bits));
+        }
+        self.owed.lend()
+    }
+
+    /// See [`Tracker::disarm`](crate::tracker::Tracker::disarm).
+    pub(super) fn disarm<R: Rings>(&mut self, collector: &mut Collector<R>) -> Result<(), TrackerError> {
+        if !self.is_armed() {
+            return Err(TrackerError::NotArmed);
+        }
+        dirty_log::stop(&mut self.log, &self.slots)?;
+        // A vCPU that stands still because its ring is full goes on although nobody tracks.
+        collector.empty_rings(|_, _| true)?;
+        self.spare = collector.collected.take();
+        self.owed.clear();
+        Ok(())
+    }
+
+    /// Disarms as far as possible, for a tracker that goes away.
+    pub(super) fn abandon<R: Rings>(&mut self, collector: &mut Collector<R>) {
+        // Nobody is left to tell; logging that stays on costs the guest faults and loses nothing.
+        if self.is_armed() && self.disarm(collector).is_err() {
+            collector.collected = None;
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! The library on the real KVM of this host. Without one, each test says on the terminal that it is skipped.
+
+mod allocation;
+mod backing;
+mod logs;
+mod machine;
+mod mapping;
+mod rearm;
+mod ring;
+mod stats;
+mod uffd;

@@ -1,0 +1,53 @@
+//! System calls that no crate wraps safely.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+/// Makes the child end with the thread that starts it: whichever way this process goes, Ctrl-C and SIGKILL
+/// included, no emulator is left running. The thread must outlive the child (it waits for it).
+pub fn end_with_parent(command: &mut Command) -> &mut Command {
+    let parent = std::process::id();
+    let hook = move || {
+        // SAFETY: prctl, getppid and _exit are async-signal-safe and touch no memory of ours.
+        unsafe {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // The parent may have died before the call above; nobody would send the signal then.
+            if libc::getppid() as u32 != parent {
+                libc::_exit(1);
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the hook runs between fork and exec and keeps to async-signal-safe calls.
+    unsafe { command.pre_exec(hook) }
+}
+
+/// Rows and columns of the terminal on stdout, if it is one and knows.
+pub fn terminal_size() -> Option<(u16, u16)> {
+    // SAFETY: winsize is plain numbers, for which zeroes are valid.
+    let mut size: libc::winsize = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes one winsize, and `size` is one.
+    let outcome = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
+    (outcome == 0 && size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+}
+
+/// Sends `signal` to a child process that has not been waited for.
+///
+/// # Errors
+/// What kill(2) says.
+pub fn signal(child: &std::process::Child, signal: i32) -> std::io::Result<()> {
+    // SAFETY: the child has not been reaped, so its process id is still its own.
+    let result = unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Processor time that the calling thread has had, a guest's included: what a busy host does not change.
+pub fn thread_cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one timespec, which is ours and outlives it. This clock exists on every Linux.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}

@@ -1,0 +1,247 @@
+//! Every tracker under the conformance suite, with the built-in guest, on the KVM at hand: this machine's, and the
+//! rig's, where the same executable runs.
+//!
+//! `SOAK=N` repeats each plan with N times the epochs; see the README.
+
+use dirty_track::conformance::{self, Failure, Plan, Report};
+use dirty_track::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
+use tests::conformance::{Guest, config, start};
+use tests::hugetlb::Reserved;
+use tests::{e2e, skip};
+use vmm::host;
+use vmm::machine::open_kvm;
+use vmm::memory::{HugePages, MemoryConfig};
+use vmm::track::{TrackConfig, backing, facts};
+
+const MIB: u64 = 1 << 20;
+/// RAM of every guest here.
+const MEMORY: u64 = 64 * MIB;
+
+/// The trackers that track.
+const TRACKERS: [Kind; 6] =
+    [Kind::KvmBitmap, Kind::KvmManual, Kind::KvmRing, Kind::UffdSync, Kind::UffdAsync, Kind::Exact];
+
+/// A guest's command line and the machine around it.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    cmdline: &'static str,
+    cpus: u8,
+    huge: HugePages,
+    shared: bool,
+}
+
+const fn case(cmdline: &'static str, cpus: u8, huge: HugePages, shared: bool) -> Case {
+    Case { cmdline, cpus, huge, shared }
+}
+
+/// Backings, rings, numbers of vCPUs and workloads: each value of each with some values of the others.
+const CASES: [Case; 7] = [
+    case("workload=rand region=32M", 1, HugePages::Thp, false),
+    case("workload=mixed region=48M reads=50", 2, HugePages::Thp, false),
+    case("workload=fill region=16M", 4, HugePages::None, false),
+    case("workload=hot region=32M map=4k", 2, HugePages::None, true),
+    case("workload=zipf region=32M map=lazy around=16", 2, HugePages::Thp, true),
+    case("workload=rand region=16M ring=0", 1, HugePages::Thp, false),
+    case("workload=stride region=32M", 1, HugePages::None, true),
+];
+
+/// Cases that run in the rig, where everything takes a hundred times as long.
+const CASES_IN_RIG: usize = 2;
+
+/// Entries of a dirty ring: few, so that it fills up.
+const RING_ENTRIES: u32 = 1024;
+
+/// Runs `case` and says what came of it.
+fn run(case: &Case, kind: Kind, plan: &Plan) -> Result<Report, Failure> {
+    let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared };
+    let cmdline = format!("{} passes=0 verify=on", case.cmdline);
+    let mut config = config(&cmdline, case.cpus, memory);
+    config.dirty_ring = (kind == Kind::KvmRing).then_some(RING_ENTRIES);
+    let machine = start(config);
+    let mut tracker = machine.tracker(kind, &TrackConfig::default())?;
+    // The guarantees that the suite enforces are those of the table that users see.
+    assert_eq!(tracker.guarantees(), kind.guarantees(backing(memory)), "{kind}");
+    let mut guest = Guest::of(&machine);
+    let report = conformance::run(&mut guest, &mut *tracker, plan)?;
+    guest.end_well();
+    Ok(report)
+}
+
+fn soak() -> u32 {
+    std::env::var("SOAK").ok().and_then(|times| times.parse().ok()).unwrap_or(1)
+}
+
+/// Every case, as often as asked for.
+fn conforms(kind: Kind) {
+    let test = format!("{kind} conforms");
+    if let Err(error) = open_kvm() {
+        return skip::skip(&test, &error.to_string());
+    }
+    let facts = facts(&host::probe());
+    if let Some(lacks) = kind.lacks(&facts) {
+        return skip::skip(&test, &format!("this host lacks {lacks}"));
+    }
+    let cases = if e2e::images().is_some() { &CASES[..CASES_IN_RIG] } else { &CASES };
+    let mut reported = 0;
+    for (seed, case) in (1..).zip(cases) {
+        if case.cmdline.contains("ring=0")
+            && kind.caveat(&facts).is_some_and(|caveat| caveat.contains("ring 3 only"))
+        {
+            println!("{kind}: {case:?}: left out, as the table of trackers says");
+            continue;
+        }
+        reported += conforms_in(kind, case, seed);
+    }
+    println!("{kind}: {reported} pages reported, none missed");
+}
+
+/// One case; the number of pages reported.
+fn conforms_in(kind: Kind, case: &Case, seed: u64) -> u64 {
+    let times = soak();
+    let plan = Plan { seed, sharp: 3 * times, racing: 6 * times, ..Plan::default() };
+    match run(case, kind, &plan) {
+        Ok(report) => {
+            println!("{kind}: {case:?}: {report}");
+            report.reported
+        }
+        Err(failure) => panic!("{kind}: {case:?}: {failure}"),
+    }
+}
+
+#[test]
+fn kvm_bitmap_conforms() {
+    conforms(Kind::KvmBitmap);
+}
+
+#[test]
+fn kvm_manual_conforms() {
+    conforms(Kind::KvmManual);
+}
+
+#[test]
+fn kvm_ring_conforms() {
+    conforms(Kind::KvmRing);
+}
+
+#[test]
+fn uffd_sync_conforms() {
+    conforms(Kind::UffdSync);
+}
+
+#[test]
+fn uffd_async_conforms() {
+    conforms(Kind::UffdAsync);
+}
+
+#[test]
+fn exact_conforms() {
+    conforms(Kind::Exact);
+}
+
+/// All of them over pages of hugetlb, one after the other: the host has to have the pages.
+#[test]
+fn all_conform_over_hugetlb() {
+    let test = "all_conform_over_hugetlb";
+    if let Err(error) = open_kvm() {
+        return skip::skip(test, &error.to_string());
+    }
+    let _pages = match Reserved::pages(MEMORY / (2 * MIB)) {
+        Ok(pages) => pages,
+        Err(why) => return skip::skip(test, &why),
+    };
+    let facts = facts(&host::probe());
+    for (seed, kind) in (100..).zip(TRACKERS) {
+        if let Some(lacks) = kind.lacks(&facts) {
+            skip::skip(test, &format!("{kind}: this host lacks {lacks}"));
+            continue;
+        }
+        for shared in [false, true] {
+            conforms_in(kind, &case("workload=rand region=16M", 2, HugePages::Hugetlb2M, shared), seed);
+        }
+    }
+}
+
+/// A tracker with one fault, which the suite must find.
+struct Faulty {
+    inner: Box<dyn Tracker>,
+    fault: Fault,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    /// Loses a page of each harvest.
+    DropsAPage,
+    /// Forgets a harvest that was not committed.
+    ForgetsDropped,
+    /// Claims not to report reads.
+    HidesReads,
+    /// Is armed twice.
+    ArmsTwice,
+}
+
+impl Tracker for Faulty {
+    fn name(&self) -> &'static str {
+        "faulty"
+    }
+
+    fn guarantees(&self) -> Guarantees {
+        let may_report_reads = self.fault != Fault::HidesReads;
+        Guarantees { may_report_reads, ..self.inner.guarantees() }
+    }
+
+    fn arm(&mut self) -> Result<(), TrackerError> {
+        match self.inner.arm() {
+            Err(TrackerError::AlreadyArmed) if self.fault == Fault::ArmsTwice => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
+        if self.fault == Fault::ForgetsDropped {
+            self.inner.harvest()?.commit();
+        }
+        let mut harvest = self.inner.harvest()?;
+        if self.fault == Fault::DropsAPage {
+            let middle = harvest.count() as usize / 2;
+            let victim = harvest.runs().flat_map(|run| run.iter()).nth(middle);
+            victim.map(|victim| harvest.discard(victim));
+        }
+        Ok(harvest)
+    }
+
+    fn disarm(&mut self) -> Result<(), TrackerError> {
+        self.inner.disarm()
+    }
+}
+
+/// A suite that lets these pass would prove nothing about the others.
+#[test]
+fn faults_are_found() {
+    if let Err(error) = open_kvm() {
+        return skip::skip("faults_are_found", &error.to_string());
+    }
+    let broken = |workload: &str, fault: Fault, plan: Plan| {
+        let memory = MemoryConfig { size: MEMORY, huge: HugePages::Thp, shared: false };
+        let machine = start(config(&format!("{workload} region=32M passes=0"), 1, memory));
+        let mut tracker =
+            Faulty { inner: machine.tracker(Kind::KvmManual, &TrackConfig::default()).unwrap(), fault };
+        conformance::run(&mut Guest::of(&machine), &mut tracker, &plan)
+    };
+    let found = |outcome: Result<Report, Failure>| outcome.expect_err("the fault was not found");
+    let (writes, mixed) = ("workload=rand", "workload=mixed reads=50");
+    let plan = Plan::default();
+    let failure = found(broken(writes, Fault::DropsAPage, Plan { drop_every: 0, ..plan }));
+    assert!(matches!(failure, Failure::Missed { .. } | Failure::MissedHost { .. }), "{failure}");
+    // Without the ledger, the copy tells.
+    let failure = found(broken(writes, Fault::DropsAPage, Plan { drop_every: 0, sharp: 0, ..plan }));
+    assert!(matches!(failure, Failure::Differs { .. }), "{failure}");
+    let failure = found(broken(writes, Fault::ForgetsDropped, plan));
+    assert!(matches!(failure, Failure::Missed { .. } | Failure::Forgotten { .. }), "{failure}");
+    match broken(mixed, Fault::HidesReads, plan) {
+        // A KVM that keeps what it logs mapped has no read faults to report.
+        Ok(report) => assert_eq!(report.extra, 0, "reads were reported and passed"),
+        Err(failure) => assert!(matches!(failure, Failure::Extra { done: "read", .. }), "{failure}"),
+    }
+    let failure = found(broken(mixed, Fault::ArmsTwice, plan));
+    assert!(matches!(failure, Failure::Protocol(_)), "{failure}");
+}

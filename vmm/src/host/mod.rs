@@ -1,0 +1,65 @@
+//! What this host is and can do, as facts.
+//!
+//! [`probe`] looks and judges nothing; what a fact means for the user is for [`crate::doctor`] to say. Looking
+//! needs no rights: what may not be seen is a fact as well.
+
+mod interfaces;
+mod kvm;
+mod memory;
+mod module;
+mod processor;
+
+use std::fs;
+
+use serde::Serialize;
+
+#[cfg(test)]
+pub(crate) use interfaces::UFFD_FEATURES;
+pub use interfaces::{Interfaces, UserfaultFeature};
+#[cfg(test)]
+pub(crate) use kvm::capability_names;
+pub use kvm::{Capability, Device, KvmFacts, KvmHost};
+pub use memory::{HugetlbPool, MemoryHost};
+pub use module::{KvmModule, Mmu, kvm_module};
+use processor::Processor;
+
+/// The facts.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Host {
+    /// Kernel release, as in `uname -r`.
+    pub kernel: String,
+    /// The processor's name.
+    pub cpu: String,
+    /// Processors online.
+    pub cpus: usize,
+    /// The processor's virtualization extension, `vmx` or `svm`.
+    pub virtualization: Option<&'static str>,
+    /// The host is itself a virtual machine.
+    pub in_vm: bool,
+    /// KVM.
+    pub kvm: KvmHost,
+    /// Kernel interfaces besides KVM that trackers use.
+    pub interfaces: Interfaces,
+    /// Memory, huge pages, limits.
+    pub memory: MemoryHost,
+}
+
+/// Looks at this host. Takes some milliseconds (it creates a virtual machine) and leaves nothing behind.
+pub fn probe() -> Host {
+    let cpu = Processor::current();
+    Host {
+        kernel: text("/proc/sys/kernel/osrelease").unwrap_or_default(),
+        cpu: cpu.model.clone(),
+        cpus: std::thread::available_parallelism().map_or(0, usize::from),
+        virtualization: ["vmx", "svm"].into_iter().find(|flag| cpu.has(flag)),
+        in_vm: cpu.has("hypervisor"),
+        kvm: kvm::probe(),
+        interfaces: interfaces::probe(),
+        memory: memory::probe(),
+    }
+}
+
+/// A small text file of /proc or /sys, without white space around it; `None` when it is not to be read.
+fn text(path: impl AsRef<std::path::Path>) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}

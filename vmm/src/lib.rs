@@ -1,0 +1,25 @@
+//! A KVM virtual machine monitor that knows which memory its guest touched.
+//!
+//! ARCHITECTURE.md in the repository says how the parts work together; a reader of the code starts at
+//! [`run`] (what `vmm run` does) or at [`machine`] (what a machine is made of).
+
+pub mod acpi;
+pub mod boot;
+pub mod cost;
+pub mod cpuid;
+pub mod devices;
+pub mod doctor;
+pub mod host;
+pub mod layout;
+pub mod ledger;
+pub mod live;
+pub mod machine;
+pub mod memory;
+pub mod options;
+pub mod panel;
+pub mod run;
+pub mod sys;
+pub mod terminal;
+pub mod timing;
+pub mod track;
+pub mod vcpu;

@@ -1,0 +1,421 @@
+//! Live dirty memory: closes an epoch after the other and says what happened in each.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dirty_track::addr::{BLOCK_SIZE, PAGE_SIZE};
+use dirty_track::bitmap::DirtyBitmap;
+use dirty_track::sys::stats::{StatId, Stats};
+use dirty_track::tracker::{Harvest, Tracker, TrackerError};
+use serde::Serialize;
+
+use crate::cost::FaultCost;
+use crate::ledger::{Agreement, Ledger, LedgerError};
+use crate::machine::{Machine, Paused};
+
+/// Columns of the picture of guest memory in each [`Epoch`].
+pub const COLUMNS: usize = 64;
+
+/// Why an epoch could not be closed.
+#[derive(Debug, thiserror::Error)]
+pub enum LiveError {
+    /// The tracker.
+    #[error("dirty tracking: {0}")]
+    Tracker(#[from] TrackerError),
+    /// The ledger.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+}
+
+/// What happened in one epoch.
+#[derive(Clone, Debug, Serialize)]
+pub struct Epoch {
+    /// Number, from 1.
+    pub epoch: u32,
+    /// Seconds from arming to the epoch's end.
+    pub at_s: f64,
+    /// Its length in seconds.
+    pub seconds: f64,
+    /// Pages of 4 KiB reported dirty.
+    pub dirty_pages: u64,
+    /// Those of them that the monitor's devices wrote.
+    pub host_pages: u64,
+    /// Those of them that are coarse: left writable, so that it is not known whether they were written.
+    pub coarse_pages: u64,
+    /// Pages that each vCPU wrote, with a tracker that tells them apart.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vcpu_pages: Vec<u64>,
+    /// Dirty bytes per second.
+    pub dirty_bytes_per_s: f64,
+    /// Blocks of 2 MiB with a dirty page.
+    pub dirty_blocks: u64,
+    /// Second-level mappings of 4 KiB, 2 MiB and 1 GiB at the epoch's end, where KVM says so.
+    pub pages_4k: Option<u64>,
+    /// See `pages_4k`.
+    pub pages_2m: Option<u64>,
+    /// See `pages_4k`.
+    pub pages_1g: Option<u64>,
+    /// Bytes of guest RAM in transparent huge pages of the host (AnonHugePages, ShmemPmdMapped) at its end.
+    pub host_huge_bytes: Option<u64>,
+    /// Page faults that KVM took for the guest in the epoch.
+    pub faults: Option<u64>,
+    /// Share of the vCPUs' time that their write faults took, in percent: dirty pages times the cost of one
+    /// such fault, as measured on this host.
+    pub slowdown_percent: Option<f64>,
+    /// Microseconds that the harvest took.
+    pub harvest_us: f64,
+    /// Microseconds that the vCPUs stood still for the boundary.
+    pub stall_us: f64,
+    /// How the report compares with the guest's own ledger.
+    pub ledger: Option<Agreement>,
+    /// Guest memory from left to right in [`COLUMNS`] parts: share of dirty pages, 0 to 255, rounded up, so
+    /// that 0 means none.
+    pub map: Vec<u8>,
+}
+
+/// Everything from arming to the end.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Totals {
+    /// Epochs closed.
+    pub epochs: u32,
+    /// Seconds from arming to the end of the last epoch.
+    pub seconds: f64,
+    /// Sum of dirty pages over the epochs.
+    pub dirty_pages: u64,
+    /// Those of them that were coarse.
+    pub coarse_pages: u64,
+    /// Different pages that were dirty at least once.
+    pub distinct_pages: u64,
+    /// Highest rate of an epoch, bytes per second.
+    pub peak_bytes_per_s: f64,
+    /// Mean rate, bytes per second.
+    pub mean_bytes_per_s: f64,
+    /// Page faults that KVM took.
+    pub faults: u64,
+    /// Longest stand-still of the vCPUs, microseconds.
+    pub worst_stall_us: f64,
+    /// Mean of the epochs' slow-downs, percent.
+    pub slowdown_percent: Option<f64>,
+    /// Epochs that were held against the ledger.
+    pub checked: u32,
+    /// Pages written by the ledger, over the epochs checked.
+    pub wrote: u64,
+    /// Pages missed over the epochs checked.
+    pub missed: u64,
+    /// Pages extra over the epochs checked, `extra_read` included.
+    pub extra: u64,
+    /// Those of `extra` that the guest had only read.
+    pub extra_read: u64,
+    /// Those of `extra` that are coarse, or in one unit of report with a page that was written.
+    pub extra_coarse: u64,
+    /// Pages reported where the guest writes nothing.
+    pub stray: u64,
+}
+
+struct Counters {
+    vm: Option<VmCounters>,
+    /// Per vCPU: the statistics and the counter of faults.
+    faults: Vec<(Stats, StatId)>,
+    last_faults: u64,
+}
+
+struct VmCounters {
+    stats: Stats,
+    pages: [Option<StatId>; 3],
+}
+
+impl Counters {
+    fn new(machine: &Machine) -> Counters {
+        let vm = machine.vm_stats().ok().map(|stats| {
+            let pages = ["pages_4k", "pages_2m", "pages_1g"].map(|name| stats.find(name));
+            VmCounters { stats, pages }
+        });
+        let faults = machine.take_vcpu_stats().into_iter();
+        let faults = faults.filter_map(|stats| stats.find("pf_taken").map(|id| (stats, id))).collect();
+        let mut counters = Counters { vm, faults, last_faults: 0 };
+        counters.faults();
+        counters
+    }
+
+    fn pages(&mut self) -> [Option<u64>; 3] {
+        let Some(vm) = &mut self.vm else { return [None; 3] };
+        match vm.stats.refresh() {
+            Ok(()) => vm.pages.map(|id| id.map(|id| vm.stats.get(id))),
+            Err(_) => [None; 3],
+        }
+    }
+
+    /// Faults since the last call.
+    fn faults(&mut self) -> Option<u64> {
+        if self.faults.is_empty() {
+            return None;
+        }
+        let mut sum = 0;
+        for (stats, id) in &mut self.faults {
+            stats.refresh().ok()?;
+            sum += stats.get(*id);
+        }
+        let since = sum.saturating_sub(self.last_faults);
+        self.last_faults = sum;
+        Some(since)
+    }
+}
+
+/// Observes one machine through one tracker.
+pub struct Observer {
+    machine: Arc<Machine>,
+    tracker: Box<dyn Tracker>,
+    /// `None`: not asked for, or not announced yet.
+    ledger: Option<Ledger>,
+    wants_ledger: bool,
+    cost: Option<FaultCost>,
+    counters: Counters,
+    ever: DirtyBitmap,
+    epoch: u32,
+    armed: Instant,
+    began: Instant,
+    totals: Totals,
+}
+
+impl Observer {
+    /// An observer that will arm `tracker`. With `check_ledger` the guest is the built-in one, and every epoch
+    /// is held against its ledger, for which the vCPUs are stopped for a moment at each boundary.
+    pub fn new(machine: Arc<Machine>, tracker: Box<dyn Tracker>, check_ledger: bool) -> Observer {
+        let pages = machine.ram().config().size / PAGE_SIZE;
+        let counters = Counters::new(&machine);
+        let now = Instant::now();
+        Observer {
+            tracker,
+            ledger: None,
+            wants_ledger: check_ledger,
+            cost: None,
+            counters,
+            ever: DirtyBitmap::new(pages as usize),
+            epoch: 0,
+            armed: now,
+            began: now,
+            totals: Totals::default(),
+            machine,
+        }
+    }
+
+    /// Uses `cost` for the slow-down estimate from now on.
+    pub fn set_cost(&mut self, cost: FaultCost) {
+        self.cost = Some(cost);
+    }
+
+    /// Begins to track. For a sharp first epoch against the ledger, call it when the guest has announced one.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn arm(&mut self) -> Result<(), LiveError> {
+        let machine = Arc::clone(&self.machine);
+        machine.wait_for_ram();
+        let _still = self.wants_ledger.then(|| machine.pause());
+        self.tracker.arm()?;
+        self.epoch = 1;
+        if self.attach_ledger()?
+            && let Some(ledger) = &mut self.ledger
+        {
+            ledger.begin(self.epoch)?;
+        }
+        self.armed = Instant::now();
+        self.began = self.armed;
+        Ok(())
+    }
+
+    /// Attaches to the ledger if it has been announced and we have not yet. True: now.
+    fn attach_ledger(&mut self) -> Result<bool, LiveError> {
+        if self.ledger.is_some() || !self.wants_ledger {
+            return Ok(false);
+        }
+        let Some(control) = self.machine.channel().control() else { return Ok(false) };
+        self.ledger = Some(Ledger::attach(Arc::clone(self.machine.ram()), control)?);
+        Ok(true)
+    }
+
+    /// Closes the epoch and begins the next.
+    ///
+    /// # Errors
+    /// See [`LiveError`]. The pages stay with the tracker, for the next call.
+    pub fn close_epoch(&mut self) -> Result<Epoch, LiveError> {
+        let machine = Arc::clone(&self.machine);
+        let boundary = Instant::now();
+        let still: Option<Paused<'_>> = self.wants_ledger.then(|| machine.pause());
+        // The guest has entered the writes of this epoch only if it knew of it from its beginning.
+        let just_attached = self.attach_ledger()?;
+        let unit = self.tracker.guarantees().granularity;
+        let harvesting = Instant::now();
+        let harvest = self.tracker.harvest()?;
+        let ended = Instant::now();
+        let mut agreement = None;
+        if let Some(ledger) = &mut self.ledger {
+            if !just_attached {
+                agreement = Some(ledger.check(&harvest, self.epoch, unit)?);
+            }
+            ledger.begin(self.epoch + 1)?;
+        }
+        drop(still);
+        let stall = if self.wants_ledger { boundary.elapsed() } else { Duration::ZERO };
+
+        let seconds = ended.duration_since(self.began).as_secs_f64();
+        let dirty_pages = harvest.count();
+        let host_pages = harvest.host_count();
+        let coarse_pages = harvest.coarse_count();
+        let vcpu_pages = (0..harvest.vcpus()).map(|vcpu| harvest.count_by(vcpu)).collect();
+        let dirty_blocks = harvest.dirty_blocks();
+        let map = picture(&harvest);
+        remember(&self.ever, &harvest);
+        harvest.commit();
+
+        let [pages_4k, pages_2m, pages_1g] = self.counters.pages();
+        let faults = self.counters.faults();
+        let slowdown_percent = self.cost.map(|cost| {
+            // Coarse pages took no fault.
+            let guest_pages = dirty_pages.saturating_sub(host_pages + coarse_pages) as f64;
+            let available = seconds * 1e9 * machine.cpus() as f64;
+            (guest_pages * cost.ns / available * 100.0).min(100.0)
+        });
+        let epoch = Epoch {
+            epoch: self.epoch,
+            at_s: ended.duration_since(self.armed).as_secs_f64(),
+            seconds,
+            dirty_pages,
+            host_pages,
+            coarse_pages,
+            vcpu_pages,
+            dirty_bytes_per_s: (dirty_pages * PAGE_SIZE) as f64 / seconds,
+            dirty_blocks,
+            pages_4k,
+            pages_2m,
+            pages_1g,
+            host_huge_bytes: machine.ram().host_pages().ok().map(|pages| pages.thp),
+            faults,
+            slowdown_percent,
+            harvest_us: micros(ended - harvesting),
+            stall_us: micros(stall),
+            ledger: agreement,
+            map,
+        };
+        self.epoch += 1;
+        self.began = ended;
+        self.totals.add(&epoch);
+        Ok(epoch)
+    }
+
+    /// The totals up to the last epoch closed.
+    pub fn totals(&self) -> Totals {
+        let mut totals = self.totals.clone();
+        totals.distinct_pages = self.ever.count() as u64;
+        if totals.seconds > 0.0 {
+            totals.mean_bytes_per_s = (totals.dirty_pages * PAGE_SIZE) as f64 / totals.seconds;
+        }
+        totals
+    }
+
+    /// The tracker's name.
+    pub fn tracker_name(&self) -> &'static str {
+        self.tracker.name()
+    }
+
+    /// The guest's ledger, once attached.
+    pub fn ledger(&self) -> Option<&Ledger> {
+        self.ledger.as_ref()
+    }
+
+    /// Whether the built-in guest's workload runs.
+    pub fn guest_has_begun(&self) -> bool {
+        self.machine.channel().begun().read().is_ok()
+    }
+
+    /// Tells the built-in guest to end, if it has announced itself.
+    pub fn ask_guest_to_stop(&self) {
+        if let Some(ledger) = &self.ledger {
+            // A guest that does not hear is stopped anyway.
+            let _ = ledger.stop();
+        }
+    }
+
+    /// Stops tracking.
+    ///
+    /// # Errors
+    /// See [`LiveError`].
+    pub fn disarm(&mut self) -> Result<(), LiveError> {
+        Ok(self.tracker.disarm()?)
+    }
+}
+
+impl Totals {
+    fn add(&mut self, epoch: &Epoch) {
+        self.epochs += 1;
+        self.seconds = epoch.at_s;
+        self.dirty_pages += epoch.dirty_pages;
+        self.coarse_pages += epoch.coarse_pages;
+        self.peak_bytes_per_s = self.peak_bytes_per_s.max(epoch.dirty_bytes_per_s);
+        self.faults += epoch.faults.unwrap_or(0);
+        self.worst_stall_us = self.worst_stall_us.max(epoch.stall_us);
+        if let Some(percent) = epoch.slowdown_percent {
+            let before = self.slowdown_percent.unwrap_or(percent);
+            self.slowdown_percent = Some(before + (percent - before) / f64::from(self.epochs));
+        }
+        if let Some(agreement) = &epoch.ledger {
+            self.checked += 1;
+            self.wrote += agreement.wrote;
+            self.missed += agreement.missed;
+            self.extra += agreement.extra;
+            self.extra_read += agreement.extra_read;
+            self.extra_coarse += agreement.extra_coarse;
+            self.stray += agreement.stray;
+        }
+    }
+
+    /// Whether the ledger contradicts the tracker: a page missed, or one reported that the guest neither wrote
+    /// nor read and that no guarantee covers.
+    pub fn contradicted(&self) -> bool {
+        self.missed > 0 || self.extra > self.extra_read + self.extra_coarse || self.stray > 0
+    }
+}
+
+fn micros(duration: Duration) -> f64 {
+    duration.as_nanos() as f64 / 1000.0
+}
+
+/// Blocks in `bytes` of RAM.
+pub fn blocks(bytes: u64) -> u64 {
+    bytes / BLOCK_SIZE
+}
+
+/// Share of dirty pages in each of [`COLUMNS`] equal parts of RAM.
+fn picture(harvest: &Harvest<'_>) -> Vec<u8> {
+    let total: u64 = harvest.slots().iter().map(|slot| slot.frames().pages).sum();
+    let mut dirty = [0u64; COLUMNS];
+    let column = |page: u64| (page * COLUMNS as u64 / total.max(1)) as usize;
+    let mut before = 0;
+    for slot in harvest.slots() {
+        let first = slot.frames().start.0;
+        for run in slot.runs() {
+            let mut page = before + run.start.0 - first;
+            let end = page + run.pages;
+            while page < end {
+                let col = column(page);
+                let next = ((col as u64 + 1) * total).div_ceil(COLUMNS as u64).min(end);
+                dirty[col] += next - page;
+                page = next;
+            }
+        }
+        before += slot.frames().pages;
+    }
+    let pages = (total / COLUMNS as u64).max(1);
+    dirty.iter().map(|count| (count * 255).div_ceil(pages).min(255) as u8).collect()
+}
+
+/// Adds a harvest to the pages that were ever dirty.
+fn remember(ever: &DirtyBitmap, harvest: &Harvest<'_>) {
+    let mut word = 0;
+    for slot in harvest.slots() {
+        for bits in slot.words() {
+            ever.merge_word(word, *bits);
+            word += 1;
+        }
+    }
+}

@@ -1,0 +1,589 @@
+//! A virtual machine: RAM, vCPUs, devices, put together in the order that makes it start fast.
+//!
+//! The order matters. A memslot that is added after the interrupt controllers exist costs 5 to 8 ms (KVM waits
+//! for an SRCU grace period), one that is added before costs 0.1 ms. So: RAM, memslots, irqchip, devices,
+//! vCPUs, and the guest's own bytes last.
+//!
+//! A KVM that shadows page tables allocates 8 bytes per guest page for every memslot (its reverse map): half a
+//! millisecond for 1 GiB, a third of a second for 64 GiB. Under such a KVM the built-in guest starts with its
+//! first memslot, and the others are added while it runs. An access to RAM that is not there yet comes out as
+//! memory-mapped I/O; the vCPU waits for the memslot and makes the access itself. That is right for data and
+//! impossible for instructions and page tables, so only a guest that keeps these low is started this way.
+
+use std::io::{self, Write};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+
+use dirty_track::sys::kvm;
+use dirty_track::sys::stats::{Stats, StatsError};
+use dirty_track::tracker::{
+    DirtyRings, Exact, HostFacts, Kind, KvmBitmap, KvmManual, KvmRing, Slot, Tracker, TrackerError,
+    UffdAsync, UffdSync, Untracked,
+};
+use guest::abi::Doorbell;
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::acpi::VirtioSlot;
+use crate::boot::{self, BootError, Kernel};
+use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::disk::{Disk, DiskConfig, DiskError};
+use crate::devices::virtio::mmio::{NOTIFY_OFFSET, TransportError};
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::{MmioTransport, QueueWorker, VirtioDevice};
+use crate::devices::{GuestChannel, Platform};
+use crate::host::{self, KvmModule};
+use crate::memory::{MemoryConfig, MemoryError, Ram};
+use crate::sys::kick;
+use crate::timing::{Phase, Timing};
+use crate::track::TrackConfig;
+use crate::vcpu::{End, Gate, Vcpu};
+use crate::{acpi, cpuid, layout};
+
+/// Most vCPUs: APIC ids of 8 bits, 255 being the broadcast.
+pub const MAX_CPUS: u8 = 254;
+
+/// Hears the built-in guest's doorbell, on the thread of the vCPU that rang, which waits meanwhile.
+/// Arguments: vCPU, what was rung, payload.
+pub type Doorman = dyn Fn(u8, Doorbell, u32) + Send + Sync;
+
+/// What a machine is to be.
+pub struct MachineConfig {
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u8,
+    /// What to boot.
+    pub kernel: Kernel,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Disks, in the order of their devices.
+    pub disks: Vec<DiskConfig>,
+    /// Whether there is an entropy device.
+    pub rng: bool,
+    /// Where the serial port writes to.
+    pub console: Box<dyn Write + Send>,
+    /// Clock for the phases of the start.
+    pub timing: Timing,
+    /// Who hears the built-in guest's doorbell.
+    pub doorman: Option<Arc<Doorman>>,
+    /// Entries of each vCPU's dirty ring, a power of two. Such a machine can have the tracker `kvm-ring` and none on
+    /// KVM's bitmap. Not for a guest that writes at CPL0 under kvm_pvm.
+    pub dirty_ring: Option<u32>,
+}
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// No /dev/kvm.
+    #[error(
+        "this host has no /dev/kvm: load kvm_intel or kvm_amd, turn virtualization on in the firmware, or run \
+         in the rig, which needs none: `cargo run -p tests --bin rig -- vmm run` (`vmm doctor` tells more)"
+    )]
+    NoKvm,
+    /// /dev/kvm may not be opened.
+    #[error(
+        "no permission to open /dev/kvm: add yourself to its group (`sudo usermod -aG kvm $USER`, then log in again), or run as root"
+    )]
+    Permission,
+    /// Something else at /dev/kvm.
+    #[error("what is at /dev/kvm is not KVM: load kvm_intel or kvm_amd (`vmm doctor` tells more)")]
+    NotKvm,
+    /// A KVM call failed.
+    #[error("cannot {what}: {source}")]
+    Kvm {
+        /// What was attempted.
+        what: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// An unusable KVM.
+    #[error("this host's KVM speaks API version {0}, and 12 is needed: use a kernel that is newer")]
+    ApiVersion(i32),
+    /// Too many or too few vCPUs.
+    #[error("{asked} vCPUs: this host runs 1 to {max}")]
+    Cpus {
+        /// What was asked for.
+        asked: u8,
+        /// The most there can be.
+        max: usize,
+    },
+    /// Dirty rings.
+    #[error(transparent)]
+    DirtyRings(#[from] TrackerError),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] acpi::AcpiError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// A virtio device.
+    #[error(transparent)]
+    Virtio(#[from] TransportError),
+    /// More virtio devices than interrupt lines.
+    #[error("{asked} disks and other virtio devices: there are interrupt lines for {max}; use fewer")]
+    Devices {
+        /// What was asked for.
+        asked: usize,
+        /// The most there can be.
+        max: usize,
+    },
+    /// A system resource.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn kvm_error(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { what, source }
+}
+
+fn system_error(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::System { what, source }
+}
+
+/// Opens /dev/kvm and checks that it can be used.
+///
+/// # Errors
+/// [`MachineError::NoKvm`], [`MachineError::Permission`] or [`MachineError::ApiVersion`].
+pub fn open_kvm() -> Result<Kvm, MachineError> {
+    let kvm = Kvm::new().map_err(|source| match source.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => MachineError::NoKvm,
+        libc::EACCES | libc::EPERM => MachineError::Permission,
+        _ => MachineError::Kvm { what: "open /dev/kvm", source },
+    })?;
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        ..0 => Err(MachineError::NotKvm),
+        other => Err(MachineError::ApiVersion(other)),
+    }
+}
+
+/// A machine. Dropping it stops it.
+pub struct Machine {
+    // Fields drop in this order: threads are gone (see Drop) before the VM, and the VM before its RAM.
+    threads: Mutex<Threads>,
+    vm: Arc<VmFd>,
+    platform: Arc<Platform>,
+    gate: Arc<Gate>,
+    outcome: Arc<Outcome>,
+    vcpu_stats: Mutex<Vec<Stats>>,
+    workers: Mutex<Vec<QueueWorker>>,
+    late_ram: Arc<LateRam>,
+    ram: Arc<Ram>,
+    module: KvmModule,
+    dirty_rings: Option<DirtyRings>,
+    cpus: usize,
+    timing: Timing,
+}
+
+/// The vCPUs, before and after they have threads.
+#[derive(Default)]
+struct Threads {
+    waiting: Vec<Vcpu>,
+    running: Vec<JoinHandle<()>>,
+}
+
+/// How the machine ended, and who is told.
+struct Outcome {
+    end: Mutex<Option<End>>,
+    ended: EventFd,
+}
+
+impl Outcome {
+    /// The first end counts.
+    fn report(&self, end: End) {
+        let mut slot = self.end.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        slot.get_or_insert(end);
+        // An eventfd that cannot count on is readable already.
+        let _ = self.ended.write(1);
+    }
+}
+
+impl Machine {
+    /// Builds the machine, ready to [`start`](Machine::start).
+    ///
+    /// # Errors
+    /// See [`MachineError`]. Nothing is left behind.
+    pub fn new(config: MachineConfig) -> Result<Machine, MachineError> {
+        let timing = config.timing.clone();
+        let kvm = open_kvm()?;
+        let module = host::kvm_module();
+        let max = kvm.get_max_vcpus().min(usize::from(MAX_CPUS));
+        if config.cpus == 0 || usize::from(config.cpus) > max {
+            return Err(MachineError::Cpus { asked: config.cpus, max });
+        }
+
+        let ram = Arc::new(Ram::new(config.memory)?);
+        timing.mark(Phase::Memory);
+
+        let vm = Arc::new(kvm.create_vm().map_err(kvm_error("create a virtual machine"))?);
+        let dirty_rings =
+            config.dirty_ring.map(|entries| DirtyRings::enable(Arc::clone(&vm), entries)).transpose()?;
+        let at_once = if module == KvmModule::Pvm && starts_low(&config) { 1 } else { ram.regions().len() };
+        let late_ram = Arc::new(LateRam::new(at_once));
+        add_memslots(&vm, &ram, 0..late_ram.first).map_err(kvm_error("give RAM to the virtual machine"))?;
+        // Only Intel hosts need these; elsewhere they are accepted and ignored, or absent.
+        if kvm.check_extension(Cap::SetTssAddr) {
+            vm.set_tss_address(layout::KVM_TSS as usize).map_err(kvm_error("place the TSS"))?;
+        }
+        if kvm.check_extension(Cap::SetIdentityMapAddr) {
+            vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+                .map_err(kvm_error("place the identity map"))?;
+        }
+        vm.create_irq_chip().map_err(kvm_error("create the interrupt controllers"))?;
+        let (transports, workers, slots) = virtio_devices(&vm, &ram, &config.disks, config.rng)?;
+        let platform = Platform::new(config.console, transports, timing.clone());
+        let platform = Arc::new(platform.map_err(system_error("create the devices"))?);
+        vm.register_irqfd(platform.serial().interrupt(), layout::COM1_GSI)
+            .map_err(kvm_error("connect the serial port's interrupt"))?;
+        timing.mark(Phase::Vm);
+
+        let base = cpuid::supported(&kvm, module).map_err(kvm_error("ask for the supported CPUID"))?;
+        let gate = Arc::new(Gate::new(usize::from(config.cpus)));
+        let mut waiting = Vec::with_capacity(usize::from(config.cpus));
+        let mut vcpu_stats = Vec::with_capacity(usize::from(config.cpus));
+        for id in 0..config.cpus {
+            let fd = vm.create_vcpu(u64::from(id)).map_err(kvm_error("create a vCPU"))?;
+            // Before the segment registers: Linux 7.2 refuses them otherwise.
+            fd.set_cpuid2(&cpuid::for_cpu(&base, id, config.cpus))
+                .map_err(kvm_error("set a vCPU's CPUID"))?;
+            // A host without them just has fewer figures to show.
+            vcpu_stats.extend(Stats::of_vcpu(&fd).ok());
+            let ring = dirty_rings.as_ref().map(|rings| rings.add_vcpu(&fd)).transpose()?;
+            waiting.push(Vcpu {
+                id,
+                fd,
+                ring,
+                platform: Arc::clone(&platform),
+                gate: Arc::clone(&gate),
+                ram: Arc::clone(&ram),
+                late_ram: Arc::clone(&late_ram),
+                module,
+                doorman: config.doorman.clone(),
+            });
+        }
+        timing.mark(Phase::Vcpus);
+
+        let boot_cpu = &waiting[0].fd;
+        let mut cmdline = config.cmdline;
+        if config.kernel == Kernel::BuiltIn {
+            // In front, because of a key given twice the guest takes the last one: the user's.
+            cmdline = format!("cpus={} {cmdline}", config.cpus);
+            // A host that does not know its own frequency leaves the guest to measure it.
+            if let Ok(khz) = boot_cpu.get_tsc_khz() {
+                cmdline = format!("tsc_khz={khz} {cmdline}");
+            }
+        }
+        let rsdp = acpi::write(ram.mem(), config.cpus, &slots)?;
+        boot::write_gdt(ram.mem())?;
+        let entry = boot::load(ram.mem(), &config.kernel, cmdline.trim(), config.initrd.as_deref(), rsdp)?;
+        let mut sregs = boot_cpu.get_sregs().map_err(kvm_error("read a vCPU's registers"))?;
+        let regs = boot::set_entry(entry, &mut sregs);
+        boot_cpu.set_sregs(&sregs).map_err(kvm_error("set a vCPU's segment registers"))?;
+        boot_cpu.set_regs(&regs).map_err(kvm_error("set a vCPU's registers"))?;
+        timing.mark(Phase::Loaded);
+
+        let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
+        let outcome = Arc::new(Outcome { end: Mutex::new(None), ended });
+        Ok(Machine {
+            threads: Mutex::new(Threads { waiting, running: Vec::new() }),
+            vm,
+            platform,
+            gate,
+            outcome,
+            vcpu_stats: Mutex::new(vcpu_stats),
+            workers: Mutex::new(workers),
+            late_ram,
+            ram,
+            module,
+            dirty_rings,
+            cpus: usize::from(config.cpus),
+            timing,
+        })
+    }
+
+    /// Starts the vCPU threads. A second call does nothing.
+    ///
+    /// # Errors
+    /// When the system has no more threads; those started are stopped when the machine is dropped.
+    pub fn start(&self) -> Result<(), MachineError> {
+        let mut threads = self.threads();
+        while let Some(vcpu) = threads.waiting.pop() {
+            let outcome = Arc::clone(&self.outcome);
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{}", vcpu.id))
+                .stack_size(VCPU_STACK)
+                .spawn(move || outcome.report(vcpu.run()))
+                .map_err(system_error("start a vCPU thread"))?;
+            threads.running.push(thread);
+        }
+        self.timing.mark(Phase::Started);
+        drop(threads);
+        self.add_late_ram()
+    }
+
+    /// Adds the memslots that the guest was started without.
+    fn add_late_ram(&self) -> Result<(), MachineError> {
+        let late = self.late_ram.first..self.ram.regions().len();
+        if late.is_empty() {
+            self.late_ram.arrived();
+            return Ok(());
+        }
+        let (vm, ram) = (Arc::clone(&self.vm), Arc::clone(&self.ram));
+        let (late_ram, outcome) = (Arc::clone(&self.late_ram), Arc::clone(&self.outcome));
+        let thread = thread::Builder::new().name("late-ram".into()).stack_size(VCPU_STACK).spawn(move || {
+            if let Err(error) = add_memslots(&vm, &ram, late) {
+                outcome.report(End::Failed(format!("cannot give the guest the rest of its RAM: {error}")));
+            }
+            late_ram.arrived();
+        });
+        // It ends by itself, soon, and nothing waits for its end but `LateRam::wait`.
+        thread.map(drop).map_err(system_error("start a thread"))
+    }
+
+    /// Stops all vCPUs between two instructions, until the guard is dropped. Returns when they stand still.
+    pub fn pause(&self) -> Paused<'_> {
+        self.gate.close(|| self.kick());
+        Paused { machine: self }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        // Two lists, whole between any two statements.
+        self.threads.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads().running {
+            // ESRCH: that thread has ended, so it stands still.
+            let _ = kick::kick(thread);
+        }
+    }
+
+    /// Stops the machine for good and waits for its threads. Idempotent.
+    pub fn stop(&self) {
+        self.gate.stop();
+        self.kick();
+        let threads = std::mem::take(&mut *self.threads());
+        for thread in threads.running {
+            // A panicked vCPU thread has printed its message; there is nothing to add.
+            let _ = thread.join();
+        }
+    }
+
+    /// How the machine ended, if it has.
+    pub fn end(&self) -> Option<End> {
+        self.outcome.end.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Readable when the machine has ended by itself.
+    pub fn ended(&self) -> &EventFd {
+        &self.outcome.ended
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+
+    /// Devices.
+    pub fn platform(&self) -> &Arc<Platform> {
+        &self.platform
+    }
+
+    /// The built-in guest's side channel.
+    pub fn channel(&self) -> &GuestChannel {
+        self.platform.channel()
+    }
+
+    /// The KVM module that runs it.
+    pub fn module(&self) -> KvmModule {
+        self.module
+    }
+
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> usize {
+        self.cpus
+    }
+
+    /// Waits until all of RAM has its memslots. Returns at once before the machine is started.
+    pub fn wait_for_ram(&self) {
+        if !self.threads().running.is_empty() {
+            self.late_ram.wait();
+        }
+    }
+
+    /// What the choice of a tracker depends on, as far as KVM knows; userfaultfd is not asked.
+    pub fn tracking_facts(&self) -> HostFacts {
+        HostFacts {
+            manual_protect: kvm::manual_protect_modes(&self.vm),
+            emulates_kernel: self.module == KvmModule::Pvm,
+            ..HostFacts::default()
+        }
+    }
+
+    /// The tracker `kind` over all of RAM, with the settings of `config`. Arm it after [`Machine::wait_for_ram`].
+    /// Harvests of `kvm-ring` number the vCPUs as the machine does.
+    ///
+    /// # Errors
+    /// When the host or the machine cannot do it, and why.
+    pub fn tracker(&self, kind: Kind, config: &TrackConfig) -> Result<Box<dyn Tracker>, TrackerError> {
+        let (vm, slots) = (Arc::clone(&self.vm), self.slots());
+        Ok(match kind {
+            Kind::None => Box::new(Untracked::new(slots)?),
+            Kind::KvmBitmap => Box::new(KvmBitmap::new(vm, slots)?),
+            Kind::KvmManual => Box::new(KvmManual::new(vm, slots)?.with_rearm(config.rearm)),
+            Kind::KvmRing => {
+                Box::new(KvmRing::new(self.dirty_rings.as_ref().ok_or(TrackerError::NoRings)?, slots)?)
+            }
+            Kind::UffdSync => Box::new(UffdSync::new(slots, config.unit)?),
+            Kind::UffdAsync => Box::new(UffdAsync::new(slots)?),
+            Kind::Exact => Box::new(Exact::new(vm, slots)?),
+        })
+    }
+
+    /// The virtual machine, for a tracker of somebody else's making.
+    pub fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// The memslots of all of RAM.
+    pub fn slots(&self) -> Vec<Slot> {
+        let regions = self.ram.mem().iter().enumerate();
+        regions.map(|(id, region)| Slot::of_region(id as u32, 0, region)).collect()
+    }
+
+    /// The halves of the virtio devices that belong on a device loop. They can be taken once; without a loop
+    /// the devices answer nothing.
+    pub fn take_workers(&self) -> Vec<QueueWorker> {
+        std::mem::take(&mut *self.workers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
+    /// The VM's statistics.
+    ///
+    /// # Errors
+    /// When the host's KVM has none.
+    pub fn vm_stats(&self) -> Result<Stats, StatsError> {
+        Stats::of_vm(&self.vm)
+    }
+
+    /// Takes the statistics of the vCPUs, empty where the host has none. They can be taken once.
+    pub fn take_vcpu_stats(&self) -> Vec<Stats> {
+        std::mem::take(&mut *self.vcpu_stats.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+}
+
+/// RAM that gets its memslots after the vCPUs have started.
+#[derive(Debug)]
+pub struct LateRam {
+    /// Index of the first late region.
+    first: usize,
+    all_there: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl LateRam {
+    fn new(first: usize) -> LateRam {
+        LateRam { first, all_there: Mutex::new(false), changed: Condvar::new() }
+    }
+
+    fn arrived(&self) {
+        *self.all_there.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until all of RAM has its memslots.
+    pub fn wait(&self) {
+        let mut there = self.all_there.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        while !*there {
+            there = self.changed.wait(there).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+    }
+}
+
+/// Whether the guest needs nothing but data from RAM beyond the first memslot. The built-in guest's page tables
+/// for huge pages take 4 KiB per GiB, and for small ones 2 MiB, which is too much to be sure.
+fn starts_low(config: &MachineConfig) -> bool {
+    let parsed = guest::cmdline::Config::parse(config.cmdline.as_bytes(), |_| ());
+    config.kernel == Kernel::BuiltIn && parsed.is_ok_and(|guest| guest.map == guest::cmdline::Mapping::Huge)
+}
+
+fn add_memslots(vm: &VmFd, ram: &Ram, slots: Range<usize>) -> Result<(), kvm_ioctls::Error> {
+    for slot in slots {
+        crate::sys::kvm::add_memslot(vm, slot as u32, &ram.regions()[slot])?;
+    }
+    Ok(())
+}
+
+type VirtioDevices = (Vec<MmioTransport>, Vec<QueueWorker>, Vec<VirtioSlot>);
+
+/// Makes the virtio devices and connects their interrupts and notifications to `vm`.
+fn virtio_devices(
+    vm: &VmFd,
+    ram: &Ram,
+    disks: &[DiskConfig],
+    rng: bool,
+) -> Result<VirtioDevices, MachineError> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(disks.len() + 1);
+    for disk in disks {
+        devices.push(Box::new(Blk::new(Disk::open(disk)?)));
+    }
+    if rng {
+        devices.push(Box::new(Rng));
+    }
+    if devices.len() > layout::VIRTIO_MAX {
+        return Err(MachineError::Devices { asked: devices.len(), max: layout::VIRTIO_MAX });
+    }
+    let (mut transports, mut workers, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, device) in devices.into_iter().enumerate() {
+        let base = layout::VIRTIO_BASE + index as u64 * layout::VIRTIO_STRIDE;
+        let gsi = layout::VIRTIO_GSI + index as u32;
+        let irq = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
+        vm.register_irqfd(&irq, gsi).map_err(kvm_error("connect a virtio device's interrupt"))?;
+        let (transport, worker) = MmioTransport::new(ram.mem().clone(), device, irq)?;
+        for (queue, event) in transport.queue_events().iter().enumerate() {
+            let notify = IoEventAddress::Mmio(base + NOTIFY_OFFSET);
+            vm.register_ioevent(event, &notify, queue as u32)
+                .map_err(kvm_error("connect a virtio queue's notification"))?;
+        }
+        transports.push(transport);
+        workers.push(worker);
+        slots.push(VirtioSlot { base, gsi });
+    }
+    Ok((transports, workers, slots))
+}
+
+/// A vCPU thread calls KVM and device code, none of it deep.
+const VCPU_STACK: usize = 128 << 10;
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// All vCPUs stand still while this lives.
+pub struct Paused<'a> {
+    machine: &'a Machine,
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.machine.gate.open();
+    }
+}

@@ -1,0 +1,167 @@
+//! The `vmm` command: reads the command line and calls the library.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dirty_track::rearm::Rearm;
+use dirty_track::tracker::Kind;
+use vmm::boot::Kernel;
+use vmm::devices::virtio::disk::DiskConfig;
+use vmm::memory::MemoryConfig;
+use vmm::options;
+use vmm::run::{Outcome, RunConfig, run};
+use vmm::timing::{Phase, Timing};
+use vmm::track::TrackConfig;
+
+/// A virtual machine monitor that knows which memory its guest touched.
+#[derive(Parser)]
+#[command(version, about, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a guest and show its dirty memory live. Without arguments: the built-in guest for 30 s
+    Run(Box<RunArgs>),
+    /// Say what this host can do for virtual machines and for tracking their memory
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnOff {
+    On,
+    Off,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Exit codes:
+  0  the guest ended, its time was up, or you stopped it
+  1  it could not be started, or tracking failed
+  2  the command line is wrong
+  3  the guest crashed: KVM could not go on with it
+  4  a check failed: the built-in guest found its memory wrong, or its ledger contradicts the tracker
+
+Keys, when a guest of yours runs on a terminal: Ctrl-A x quits, Ctrl-A a sends Ctrl-A.")]
+struct RunArgs {
+    /// Kernel: an ELF with a PVH note (vmlinux) or a bzImage [default: the built-in guest]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<std::path::PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<std::path::PathBuf>,
+    /// Kernel command line; for the built-in guest its workload, as in "workload=rand region=256M"
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    cpus: u8,
+    /// Guest RAM: size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off
+    #[arg(long, value_name = "SPEC", default_value = "size=1G")]
+    memory: MemoryConfig,
+    /// A disk: path=FILE,readonly=on|off. May be given many times
+    #[arg(long, value_name = "SPEC")]
+    disk: Vec<DiskConfig>,
+    /// An entropy device (virtio-rng) [default: on with --kernel, else off]
+    #[arg(long, value_name = "SWITCH", value_enum)]
+    rng: Option<OnOff>,
+    /// How to know which pages the guest writes: auto, none, kvm-bitmap, kvm-manual, kvm-ring[,entries=4096],
+    /// uffd-sync[,unit=4k|2m], uffd-async, exact; `vmm doctor` tells what each is good for
+    #[arg(long, value_name = "TRACKER", default_value = "auto")]
+    track: TrackConfig,
+    /// What is write-protected again at the end of an epoch: all, or dense-skip[,threshold=75%][,for-epochs=8],
+    /// which leaves blocks writable that were dense, and reports them whole
+    #[arg(long, value_name = "POLICY", default_value = "all")]
+    rearm: Rearm,
+    /// Length of an epoch
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = epoch)]
+    epoch: Duration,
+    /// Stop after this time, 0 for never [default: 30s for the built-in guest, 0 with --kernel]
+    #[arg(long, value_name = "TIME", value_parser = options::duration)]
+    duration: Option<Duration>,
+    /// Hold every epoch against the built-in guest's own ledger of its writes, which stops the vCPUs for a
+    /// moment at each boundary
+    #[arg(long, value_name = "SWITCH", value_enum, default_value = "on")]
+    ledger: OnOff,
+    /// One line of JSON per epoch on standard output; the console goes to standard error
+    #[arg(long)]
+    json: bool,
+    /// Show nothing but the console
+    #[arg(long, conflicts_with = "json")]
+    quiet: bool,
+    /// Report how long each phase of the start took
+    #[arg(long)]
+    timing: bool,
+}
+
+/// An epoch that leaves the guest time to run: harvests in a row starve it.
+fn epoch(text: &str) -> Result<Duration, String> {
+    let epoch = options::duration(text).map_err(|e| e.to_string())?;
+    if epoch < Duration::from_millis(1) || epoch > Duration::from_secs(86400) {
+        return Err(format!("'{text}' will not do: give 1ms to 24h"));
+    }
+    Ok(epoch)
+}
+
+/// What the first argument-less run shows: a busy guest with a shape to its writes.
+const DEFAULT_DURATION: Duration = Duration::from_secs(30);
+
+/// The built-in guest's first act is to touch its memory, so that there are huge mappings to split, unless that
+/// would take more than half of what the host has to give.
+fn default_cmdline(builtin: bool, ram: u64) -> &'static str {
+    match builtin {
+        false => "console=ttyS0",
+        true if vmm::memory::available().is_some_and(|available| ram <= available / 2) => "populate=on",
+        true => "",
+    }
+}
+
+fn main() -> ExitCode {
+    let timing = Timing::start();
+    match Cli::parse().verb {
+        Verb::Run(args) => {
+            timing.mark(Phase::Parsed);
+            let builtin = args.kernel.is_none();
+            let track = TrackConfig { rearm: args.rearm, ..args.track };
+            if args.rearm != Rearm::All && !matches!(track.kind, None | Some(Kind::KvmManual)) {
+                eprintln!("vmm: --rearm is for --track kvm-manual: {track} has no log bits to leave set");
+                return ExitCode::from(2);
+            }
+            let config = RunConfig {
+                kernel: args.kernel.map_or(Kernel::BuiltIn, Kernel::File),
+                initrd: args.initrd,
+                cmdline: args
+                    .cmdline
+                    .unwrap_or_else(|| default_cmdline(builtin, args.memory.size).to_owned()),
+                cpus: args.cpus,
+                memory: args.memory,
+                disks: args.disk,
+                rng: args.rng.map_or(!builtin, |rng| rng == OnOff::On),
+                track,
+                epoch: args.epoch,
+                duration: args.duration.unwrap_or(if builtin { DEFAULT_DURATION } else { Duration::ZERO }),
+                ledger: args.ledger == OnOff::On,
+                json: args.json,
+                quiet: args.quiet,
+                timing: args.timing,
+            };
+            match run(config, &timing) {
+                Ok(Outcome::Done) => ExitCode::SUCCESS,
+                Ok(Outcome::Crashed) => ExitCode::from(3),
+                Ok(Outcome::CheckFailed) => ExitCode::from(4),
+                Err(error) => {
+                    eprintln!("vmm: {error}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        Verb::Doctor { json } => vmm::doctor::run(json),
+    }
+}

@@ -1,0 +1,85 @@
+//! File and random-number I/O whose far end is guest memory.
+//!
+//! One system call moves data between a file and any number of guest buffers, without a copy in between.
+//! Guest RAM may change under a call at any moment; that is the guest's affair, and it is why these take
+//! [`VolatileSlice`]s and never make Rust references to the bytes.
+//!
+//! Every function that may have written guest memory marks the buffers it was given in the dirty bitmap
+//! *after* the call, and marks all of them, whatever the call returned: an I/O error may come after bytes
+//! have already been written, and a page too many is allowed where a page too few is not.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
+/// Most buffers that one call takes (`UIO_MAXIOV` of the kernel's `include/uapi/linux/uio.h`).
+const MAX_BUFFERS: usize = 1024;
+
+/// Reads from `file` at byte `offset` into `buffers`, in order. Returns the number of bytes read: 0 at the
+/// end of the file, and possibly fewer than there is room for. Buffers past the first 1024 are left alone.
+///
+/// # Errors
+/// Those of `preadv(2)`; `offset` above `i64::MAX` is `EINVAL`.
+pub(crate) fn read_at<B: BitmapSlice>(
+    file: &File,
+    buffers: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let offset = to_off_t(offset)?;
+    let buffers = &buffers[..buffers.len().min(MAX_BUFFERS)];
+    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let iov: Vec<_> =
+        guards.iter().map(|g| libc::iovec { iov_base: g.as_ptr().cast(), iov_len: g.len() }).collect();
+    // SAFETY: every iovec covers exactly one slice of mapped guest memory, which the slices' lifetime and
+    // the guards keep mapped during the call; `iov` has as many entries as are passed (at most 1024, so the
+    // cast is lossless), and only the kernel writes through the pointers.
+    let n = unsafe { libc::preadv(file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int, offset) };
+    let result = usize::try_from(n).map_err(|_| io::Error::last_os_error());
+    for buffer in buffers {
+        buffer.bitmap().mark_dirty(0, buffer.len());
+    }
+    result
+}
+
+/// Writes `buffers`, in order, to `file` at byte `offset`. Returns the number of bytes written, possibly
+/// fewer than there are. Buffers past the first 1024 are not written.
+///
+/// # Errors
+/// Those of `pwritev(2)`; `offset` above `i64::MAX` is `EINVAL`.
+pub(crate) fn write_at<B: BitmapSlice>(
+    file: &File,
+    buffers: &[VolatileSlice<'_, B>],
+    offset: u64,
+) -> io::Result<usize> {
+    let offset = to_off_t(offset)?;
+    let guards: Vec<_> = buffers.iter().take(MAX_BUFFERS).map(VolatileSlice::ptr_guard).collect();
+    let iov: Vec<_> = guards
+        .iter()
+        .map(|g| libc::iovec { iov_base: g.as_ptr().cast_mut().cast(), iov_len: g.len() })
+        .collect();
+    // SAFETY: as in `read_at`; pwritev only reads through the pointers.
+    let n = unsafe { libc::pwritev(file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int, offset) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Fills the start of `buffer` with random bytes from the kernel. Returns how many: possibly fewer than
+/// there is room for.
+///
+/// # Errors
+/// Those of `getrandom(2)`. It blocks only before the host's generator has been seeded, once per boot.
+pub(crate) fn random<B: BitmapSlice>(buffer: &VolatileSlice<'_, B>) -> io::Result<usize> {
+    let guard = buffer.ptr_guard_mut();
+    // SAFETY: the pointer and length are those of one slice of mapped guest memory, kept mapped by the
+    // slice's lifetime and the guard.
+    let n = unsafe { libc::getrandom(guard.as_ptr().cast(), guard.len(), 0) };
+    let result = usize::try_from(n).map_err(|_| io::Error::last_os_error());
+    buffer.bitmap().mark_dirty(0, buffer.len());
+    result
+}
+
+fn to_off_t(offset: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}

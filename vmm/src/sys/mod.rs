@@ -1,0 +1,9 @@
+//! Everything unsafe of the monitor, in small pieces with safe faces.
+
+pub mod guest_io;
+pub mod kick;
+pub mod kvm;
+pub mod mmap;
+pub mod probe;
+pub mod signals;
+pub mod tty;
