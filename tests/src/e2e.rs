@@ -33,7 +33,7 @@ pub fn with_vmm(payload: Payload) -> Result<Payload, cargo::Error> {
 }
 
 /// The integration tests that need KVM and nothing else, so that they run on this machine and in the rig alike.
-pub const HARNESSES: [&str; 3] = ["e2e", "cli", "kvm"];
+pub const HARNESSES: [&str; 4] = ["e2e", "cli", "kvm", "conformance"];
 
 /// `vmm`, a stock Linux guest and the test executables `harnesses`, each of which runs with `arguments`; the exit
 /// status is that of the last that fails.

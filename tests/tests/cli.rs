@@ -199,8 +199,7 @@ fn an_instruction_that_kvm_cannot_emulate_is_named_with_the_reason() {
     }
     if vmm::host::kvm_module() != vmm::host::KvmModule::Pvm {
         // Only where ring 0 is emulated is there such an instruction that is a legal one.
-        eprintln!("SKIPPED: {test}: this host's KVM does not emulate ring 0");
-        return;
+        return skip::skip(test, "this host's KVM does not emulate ring 0");
     }
     // pxor xmm0, xmm0
     let output = run_code(&[0x66, 0x0f, 0xef, 0xc0], &["--json"]);

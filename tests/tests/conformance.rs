@@ -87,7 +87,7 @@ fn conforms(kind: Kind) {
         if case.cmdline.contains("ring=0")
             && kind.caveat(&facts).is_some_and(|caveat| caveat.contains("ring 3 only"))
         {
-            println!("{kind}: {case:?}: left out, as the table of trackers says");
+            skip::skip(&test, "writes in ring 0: not on this host, as the table of trackers says");
             continue;
         }
         reported += conforms_in(kind, case, seed);

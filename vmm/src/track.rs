@@ -109,6 +109,7 @@ pub fn facts(host: &Host) -> HostFacts {
         manual_protect: capability("MANUAL_DIRTY_LOG_PROTECT2").into(),
         ring_bytes: capability("DIRTY_LOG_RING").max(capability("DIRTY_LOG_RING_ACQ_REL")).into(),
         uffd_wp: host.interfaces.has_userfault("PAGEFAULT_FLAG_WP"),
+        uffd_wp_unpopulated: host.interfaces.has_userfault("WP_UNPOPULATED"),
         uffd_wp_async: host.interfaces.has_userfault("WP_ASYNC"),
         pagemap_scan: host.interfaces.pagemap_scan,
         emulates_kernel: host.kvm.module == KvmModule::Pvm,

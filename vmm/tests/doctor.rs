@@ -13,7 +13,7 @@ const VMM: &str = env!("CARGO_BIN_EXE_vmm");
 
 /// Says on the terminal, past the capture of the test's output, that `test` is skipped.
 fn skip(test: &str, why: &str) {
-    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {test}: {why}");
 }
 
 fn json(output: &Output) -> Value {

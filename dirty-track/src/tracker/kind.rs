@@ -49,6 +49,8 @@ pub struct HostFacts {
     pub ring_bytes: u64,
     /// userfaultfd may be used for faults of the kernel, and can write-protect.
     pub uffd_wp: bool,
+    /// Its feature UFFD_FEATURE_WP_UNPOPULATED.
+    pub uffd_wp_unpopulated: bool,
     /// Its feature UFFD_FEATURE_WP_ASYNC.
     pub uffd_wp_async: bool,
     /// The ioctl PAGEMAP_SCAN.
@@ -121,6 +123,9 @@ impl Kind {
             Kind::UffdSync | Kind::UffdAsync | Kind::Exact if !host.uffd_wp => Some(
                 "userfaultfd for this user: run as root, or set the sysctl vm.unprivileged_userfaultfd to 1",
             ),
+            Kind::UffdSync | Kind::UffdAsync | Kind::Exact if !host.uffd_wp_unpopulated => {
+                Some("UFFD_FEATURE_WP_UNPOPULATED (Linux 6.4)")
+            }
             Kind::UffdAsync | Kind::Exact if !host.uffd_wp_async => Some("UFFD_FEATURE_WP_ASYNC (Linux 6.7)"),
             Kind::UffdAsync | Kind::Exact if !host.pagemap_scan => Some("the ioctl PAGEMAP_SCAN (Linux 6.7)"),
             Kind::Exact if host.manual_protect & 1 == 0 => {
@@ -189,6 +194,7 @@ mod tests {
         manual_protect: 3,
         ring_bytes: 1 << 20,
         uffd_wp: true,
+        uffd_wp_unpopulated: true,
         uffd_wp_async: true,
         pagemap_scan: true,
         emulates_kernel: false,
@@ -215,7 +221,7 @@ mod tests {
     fn the_choice_works_on_its_host_and_misses_nothing() {
         for manual_protect in 0..4 {
             for ring_bytes in [0, 1 << 16] {
-                for bits in 0..16u8 {
+                for bits in 0..32u8 {
                     let host = HostFacts {
                         manual_protect,
                         ring_bytes,
@@ -223,6 +229,7 @@ mod tests {
                         uffd_wp_async: bits & 2 != 0,
                         pagemap_scan: bits & 4 != 0,
                         emulates_kernel: bits & 8 != 0,
+                        uffd_wp_unpopulated: bits & 16 != 0,
                     };
                     let (kind, why) = Kind::choose(&host);
                     assert_eq!(kind.lacks(&host), None);

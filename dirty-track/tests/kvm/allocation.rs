@@ -2,7 +2,6 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::io::Write;
 
 use dirty_track::addr::Gfn;
 use dirty_track::rearm::{DenseSkip, Rearm};
@@ -10,7 +9,7 @@ use dirty_track::sys::stats::Stats;
 use dirty_track::tracker::{Exact, KvmBitmap, KvmManual, KvmRing, Tracker};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::machine::{Machine, Writer, kvm};
+use crate::machine::{Machine, Writer, kvm, skip};
 
 thread_local! {
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
@@ -76,9 +75,7 @@ fn harvests_and_statistics_allocate_nothing() {
     bitmap.disarm().unwrap();
     match Exact::new(machine.vm.clone(), machine.slots.clone()) {
         Ok(mut exact) => allocate_nothing(&machine, &mut guest, &mut exact),
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {NAME}, by write-protection: {error}");
-        }
+        Err(error) => skip(NAME, format_args!("by write-protection: {error}")),
     }
     if let Some((machine, mut guests)) = Machine::with_rings(NAME, &kvm, &SLOTS, 2, 256) {
         let mut ring = KvmRing::new(machine.rings.as_ref().unwrap(), machine.slots.clone()).unwrap();

@@ -2,13 +2,12 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::fd::FromRawFd;
 
 use dirty_track::addr::{Gfn, PageSize};
 use kvm_ioctls::Kvm;
 
-use crate::machine::{Machine, Writer};
+use crate::machine::{Machine, Writer, skip};
 
 /// How a machine's slots are backed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +52,7 @@ impl Backing {
             Backing::Hugetlb => match Pool::grow(SLOTS.iter().map(|(_, pages)| pages / 512).sum()) {
                 Ok(pool) => Some(pool),
                 Err(why) => {
-                    let _ = writeln!(std::io::stderr(), "SKIPPED {test} on hugetlb memory: {why}");
+                    skip(test, format_args!("hugetlb memory: {why}"));
                     return None;
                 }
             },

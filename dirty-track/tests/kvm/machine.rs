@@ -1,9 +1,11 @@
 //! The smallest machine that can write to its memory: vCPUs in flat 32-bit protected mode, at CPL0, that walk
 //! lists of addresses and store a value at each, or only read there.
 
+use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::fs::File;
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use dirty_track::addr::{Gfn, PAGE_SIZE};
 use dirty_track::region::RegionBitmap;
@@ -67,14 +69,20 @@ pub(crate) struct Writer {
     _mappings: Arc<Vec<Mapping>>,
 }
 
+/// Says on the terminal, past the capture of the test's output, that `test` is skipped: it must be seen.
+/// Once for each reason, however many backings it holds for.
+pub(crate) fn skip(test: &str, why: impl Display) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let line = format!("SKIPPED: {test}: {why}");
+    if SAID.lock().unwrap().insert(line.clone()) {
+        // A closed stderr is no reason to fail.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+}
+
 /// `/dev/kvm`, or `None` and a line on the terminal that says that `test` is skipped.
 pub(crate) fn kvm(test: &str) -> Option<Kvm> {
-    Kvm::new()
-        .inspect_err(|error| {
-            // Past the capture of the test's output: a skip must be seen.
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: cannot open /dev/kvm: {error}");
-        })
-        .ok()
+    Kvm::new().inspect_err(|error| skip(test, format_args!("cannot open /dev/kvm: {error}"))).ok()
 }
 
 impl Machine {
@@ -107,7 +115,7 @@ impl Machine {
         let vm = Arc::new(kvm.create_vm().unwrap());
         let rings = match DirtyRings::enable(vm.clone(), entries) {
             Err(error @ TrackerError::Unsupported { .. }) => {
-                let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
+                skip(test, error);
                 return None;
             }
             // PML wants more in reserve.

@@ -126,7 +126,12 @@ fn several_vcpus_are_told_apart_while_they_run() {
     }
 }
 
-extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+/// Signals that the harvester has got.
+static DELIVERED: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn count(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    DELIVERED.fetch_add(1, Ordering::Relaxed);
+}
 
 /// KVM cuts a reset short when a signal is pending (since Linux 6.17), and a monitor sends signals to its threads.
 /// A harvest goes on until all is protected again: the same pages are reported when they are written again, and
@@ -136,7 +141,7 @@ fn signals_do_not_leave_a_harvest_incomplete() {
     const NAME: &str = "signals_do_not_leave_a_harvest_incomplete";
     let Some(kvm) = kvm(NAME) else { return };
     let Some((machine, mut guests)) = Machine::with_rings(NAME, &kvm, &SLOTS, 1, 4096) else { return };
-    register_signal_handler(SIGRTMIN() + 1, ignore).unwrap();
+    register_signal_handler(SIGRTMIN() + 1, count).unwrap();
     let mut tracker = tracker(&machine).without_reaper();
     tracker.arm().unwrap();
     // More than half of a ring, and less than one.
@@ -151,9 +156,13 @@ fn signals_do_not_leave_a_harvest_incomplete() {
             (tracker, reported)
         });
         while !harvester.is_finished() {
+            let before = DELIVERED.load(Ordering::Relaxed);
             // It may have ended just now.
             let _ = harvester.kill(SIGRTMIN() + 1);
-            std::thread::yield_now();
+            // One at a time: such signals queue up, and on one CPU they would be all that the harvester does.
+            while DELIVERED.load(Ordering::Relaxed) == before && !harvester.is_finished() {
+                std::thread::yield_now();
+            }
         }
         let reported;
         (tracker, reported) = harvester.join().unwrap();

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
@@ -13,7 +12,7 @@ use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::backing::{ALL, Backed, Backing, SLOTS};
-use crate::machine::{MAX_STORES, Machine, frames, kvm};
+use crate::machine::{MAX_STORES, Machine, frames, kvm, skip};
 
 /// How a test makes its tracker.
 type Make = fn(&Machine) -> Result<Box<dyn Tracker>, TrackerError>;
@@ -50,8 +49,7 @@ fn each(
     let mut tracker = match make(&backed.machine) {
         Ok(tracker) => tracker,
         Err(TrackerError::Userfaultfd(why)) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test} with {name}: {why}");
-            return;
+            return skip(test, format_args!("{name}: {why}"));
         }
         Err(error) => panic!("{name} on {backing:?}: {error}"),
     };
@@ -274,8 +272,7 @@ fn a_file_on_a_disk_is_tracked_or_refused_with_a_reason() {
     let on_tmpfs = is_tmpfs(&path);
     std::fs::remove_file(&path).unwrap();
     if on_tmpfs {
-        let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {path:?} is on a tmpfs");
-        return;
+        return skip(test, format_args!("{path:?} is on a tmpfs"));
     }
     match UffdSync::new(machine.slots.clone(), PageSize::K4) {
         Ok(mut tracker) => {
@@ -284,10 +281,7 @@ fn a_file_on_a_disk_is_tracked_or_refused_with_a_reason() {
             assert!(error.to_string().contains("a file on a disk only by uffd-async"), "{error}");
             assert!(matches!(tracker.disarm(), Err(TrackerError::NotArmed)));
         }
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
-            return;
-        }
+        Err(error) => return skip(test, error),
     }
     // It is any memory's page tables that the other one protects.
     let Ok(mut tracker) = UffdAsync::new(machine.slots.clone()) else { return };
@@ -322,13 +316,11 @@ fn huge_pages_that_writes_have_split_come_back_when_asked_for() {
         let slots = backed.machine.slots.clone();
         let blocks = collapse(&slots);
         if blocks.huge == 0 || blocks.small > 0 {
-            let _ =
-                writeln!(std::io::stderr(), "SKIPPED {test} on {backing:?}: no huge pages here: {blocks:?}");
+            skip(test, format_args!("{backing:?}: no huge pages here: {blocks:?}"));
             continue;
         }
         let Ok(mut tracker) = UffdAsync::new(slots.clone()) else {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: no userfaultfd");
-            return;
+            return skip(test, "no userfaultfd");
         };
         tracker.arm().unwrap();
         backed.guest.write(&corners(), 1);
