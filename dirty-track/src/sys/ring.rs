@@ -7,6 +7,7 @@
 //!
 //! Source: Linux, Documentation/virt/kvm/api.rst (KVM_CAP_DIRTY_LOG_RING) and virt/kvm/dirty_ring.c.
 
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -65,15 +66,47 @@ pub fn enable(vm: &VmFd, entries: u32) -> Result<(), errno::Error> {
 }
 
 /// Write-protects the pages of all entries that were [taken](Ring::take), in all rings of `vm`, and gives
-/// their places back to KVM. Returns how many entries that were. When a signal is pending, KVM may stop early
-/// (since Linux 6.17): then there are more, and it has to be done again.
+/// their places back to KVM. Returns how many entries that were.
+///
+/// Since Linux 6.17 KVM stops early when a signal is pending: then there are more, and it has to be done again.
+/// But `kvm_dirty_ring_reset` gathers the pages of up to 64 entries, whose places are free already, to protect
+/// them at once, and on its way out for the signal it forgets the last lot: pages that may be written from then
+/// on without an entry. So signals wait meanwhile. A freezer or a debugger can still stop it early.
 ///
 /// # Errors
 /// `EINVAL` when the VM has no dirty rings.
 pub fn reset(vm: &VmFd) -> Result<u32, errno::Error> {
+    let _blocked = SignalsBlocked::new();
     // SAFETY: the ioctl takes no argument; it changes flags of entries, which are atomic on our side.
     let ret = unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS) };
     u32::try_from(ret).map_err(|_| errno::Error::last())
+}
+
+/// Keeps all signals from this thread, except those that cannot be kept, until it is dropped.
+struct SignalsBlocked {
+    former: libc::sigset_t,
+}
+
+impl SignalsBlocked {
+    fn new() -> SignalsBlocked {
+        let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+        let mut former = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: sigfillset initialises the set that pthread_sigmask reads; the latter writes `former`. Neither can
+        // fail: the pointers are good, and so is the way to block.
+        let former = unsafe {
+            libc::sigfillset(all.as_mut_ptr());
+            libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), former.as_mut_ptr());
+            former.assume_init()
+        };
+        SignalsBlocked { former }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: the mask was filled by pthread_sigmask.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.former, ptr::null_mut()) };
+    }
 }
 
 /// What one entry of a ring says.

@@ -15,8 +15,11 @@
 //! An entry that was read is noted first and marked as read then; KVM_RESET_DIRTY_RINGS protects the pages of
 //! such entries again. A harvest reads all rings, resets, and hands the pages out *only when every entry that was
 //! ever read has been reset*: contents that are copied from then on are newest, or their page gets a new entry.
-//! A reset that fails or that KVM cuts short (it does when a signal is pending) keeps everything for the next
-//! attempt. What is in the ring of a vCPU that has died is read like any other, because the mapping keeps the
+//! A reset that fails keeps everything for the next attempt. So does one that KVM cuts short, which it does when a
+//! signal is pending, since Linux 6.17; but then KVM forgets to protect the last up to 64 pages whose entries it
+//! has given back. So signals wait while it resets. What cuts it short all the same (a freezer, a debugger) puts
+//! the pages in question into every harvest from then on, as coarse ones, until the tracker is armed anew.
+//! What is in the ring of a vCPU that has died is read like any other, because the mapping keeps the
 //! ring alive.
 //!
 //! # What to know

@@ -44,6 +44,8 @@ struct Collected {
     slots: Vec<(u32, usize, u64)>,
     /// Nothing was collected; the set need not be looked at.
     empty: bool,
+    /// A reset was cut short: pages of the set may be unprotected although their entries are gone.
+    in_doubt: bool,
 }
 
 impl Collected {
@@ -51,12 +53,13 @@ impl Collected {
         let mut by_id: Vec<_> =
             slots.iter().enumerate().map(|(index, slot)| (slot.id(), index, slot.frames().pages)).collect();
         by_id.sort_unstable();
-        Collected { set: OwedSet::new(slots), slots: by_id, empty: true }
+        Collected { set: OwedSet::new(slots), slots: by_id, empty: true, in_doubt: false }
     }
 
     fn clear(&mut self) {
         self.set.clear();
         self.empty = true;
+        self.in_doubt = false;
     }
 
     /// Notes the entries that vCPU number `vcpu` wrote, for as long as `take` has any. One of a slot that nobody
@@ -150,6 +153,10 @@ impl<R: Rings> Collector<R> {
         while self.unreset > 0 {
             let failed = |source| TrackerError::ResetRings { left: self.unreset, source };
             let count = self.rings.reset().map_err(failed)?;
+            if let Some(collected) = &mut self.collected {
+                // See the kernel's flaw that `sys::ring::reset` tells of.
+                collected.in_doubt |= 0 < count && u64::from(count) < self.unreset;
+            }
             idle = if count == 0 { idle + 1 } else { 0 };
             if idle == IDLE_RESETS {
                 return Err(failed(errno::Error::new(libc::EINTR)));
@@ -171,6 +178,9 @@ pub(crate) struct Ringed<L: Logging> {
     log: L,
     slots: Vec<Slot>,
     owed: OwedSet,
+    /// Pages that may be unprotected without an entry, word by word for each slot: they are in every harvest.
+    /// Empty unless a reset was cut short.
+    doubtful: Vec<Vec<u64>>,
     /// The set that the collector fills while the tracker is armed.
     spare: Option<Collected>,
 }
@@ -178,7 +188,13 @@ pub(crate) struct Ringed<L: Logging> {
 impl<L: Logging> Ringed<L> {
     /// `slots` are those of `log`, in the order of their addresses.
     pub(super) fn new(log: L, slots: Vec<Slot>) -> Ringed<L> {
-        Ringed { owed: OwedSet::new(&slots), spare: Some(Collected::new(&slots)), log, slots }
+        Ringed {
+            owed: OwedSet::new(&slots),
+            doubtful: Vec::new(),
+            spare: Some(Collected::new(&slots)),
+            log,
+            slots,
+        }
     }
 
     pub(super) fn is_armed(&self) -> bool {
@@ -227,6 +243,9 @@ impl<L: Logging> Ringed<L> {
         collector.empty_rings(|_, _| true)?;
         match &mut collector.collected {
             Some(collected) if !collected.empty => {
+                if std::mem::take(&mut collected.in_doubt) {
+                    self.doubt(&mut collected.set);
+                }
                 self.owed.absorb(&mut collected.set);
                 collected.empty = true;
             }
@@ -235,8 +254,25 @@ impl<L: Logging> Ringed<L> {
         Ok(())
     }
 
+    /// Remembers the pages of `set` as doubtful: nothing tells which of them they are.
+    fn doubt(&mut self, set: &mut OwedSet) {
+        self.owed.allow_coarse();
+        self.doubtful.resize_with(self.slots.len(), Vec::new);
+        for (index, doubtful) in self.doubtful.iter_mut().enumerate() {
+            let words = set.slot(index).words();
+            doubtful.resize(words.len(), 0);
+            doubtful.iter_mut().zip(words).for_each(|(doubtful, bits)| *doubtful |= bits);
+        }
+    }
+
     /// Adds what the host wrote to what was collected, and lends it out.
     pub(super) fn hand_out(&mut self) -> Harvest<'_> {
+        for (index, doubtful) in self.doubtful.iter().enumerate() {
+            let owed = self.owed.slot(index);
+            for (word, &bits) in doubtful.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+                owed.add_coarse(word, bits);
+            }
+        }
         for (index, slot) in self.slots.iter().enumerate() {
             let owed = self.owed.slot(index);
             slot.host_writes().drain(|word, bits| owed.add_host(word, bits));
@@ -254,6 +290,7 @@ impl<L: Logging> Ringed<L> {
         collector.empty_rings(|_, _| true)?;
         self.spare = collector.collected.take();
         self.owed.clear();
+        self.doubtful.clear();
         Ok(())
     }
 
