@@ -1,7 +1,7 @@
 //! Our own machine, with the built-in guest, as a subject of the conformance suite.
 
 use std::time::{Duration, Instant};
-use std::{io, sync::Arc, thread};
+use std::{io, path::Path, sync::Arc, thread};
 
 use dirty_track::addr::{Gfn, PAGE_SIZE, PageRange};
 use dirty_track::conformance::{self, Page, Subject, SubjectError};
@@ -11,6 +11,8 @@ use vmm::ledger::Ledger;
 use vmm::machine::{Machine, MachineConfig, Paused};
 use vmm::memory::MemoryConfig;
 use vmm::timing::Timing;
+
+use crate::virtio_disk::Driver;
 
 /// How long a guest may make no progress before a test gives up on it.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -58,6 +60,7 @@ pub struct Guest<'a> {
     machine: &'a Machine,
     ledger: Ledger,
     still: Option<Paused<'a>>,
+    disk: Option<Driver<'a>>,
 }
 
 impl<'a> Guest<'a> {
@@ -65,7 +68,16 @@ impl<'a> Guest<'a> {
     pub fn of(machine: &'a Machine) -> Guest<'a> {
         let control = machine.channel().control().expect("the guest has announced itself");
         let ledger = Ledger::attach(Arc::clone(machine.ram()), control).expect("it is our own guest");
-        Guest { machine, ledger, still: None }
+        Guest { machine, ledger, still: None, disk: None }
+    }
+
+    /// The same, with the host's writes made by the machine's virtio disk, whose file is at `path`.
+    pub fn with_disk(machine: &'a Machine, path: &Path) -> Guest<'a> {
+        let mut guest = Guest::of(machine);
+        let area = guest.host_area();
+        let page = Gfn(area.end().0 - 1);
+        guest.disk = Some(Driver::start(machine, path, page).expect("the machine has a disk"));
+        guest
     }
 
     /// Ends the workload: the guest looks at all of its memory once more, and what it finds is its status.
@@ -95,7 +107,9 @@ impl Subject for Guest<'_> {
             .map(|range| range.end())
             .filter(|end| *end <= ram.end());
         let start = ends.max().unwrap_or(ram.start);
-        PageRange { start, pages: ram.end().0 - start.0 }
+        // A driver's queue is at the end.
+        let end = ram.end().0 - u64::from(self.disk.is_some());
+        PageRange { start, pages: end - start.0 }
     }
 
     fn stop(&mut self) {
@@ -127,12 +141,13 @@ impl Subject for Guest<'_> {
 
     fn ledger(&mut self, epoch: u32) -> Result<conformance::Ledger, SubjectError> {
         let entered = self.ledger.entered(epoch)?;
+        let queue = self.disk.as_ref().map(|disk| PageRange { start: disk.page(), pages: 1 });
         Ok(conformance::Ledger {
             region: Some(entered.region),
             wrote: entered.wrote,
             read: entered.read,
             in_flight: entered.in_flight,
-            own: entered.own,
+            own: entered.own.into_iter().chain(queue).collect(),
         })
     }
 
@@ -142,6 +157,9 @@ impl Subject for Guest<'_> {
 
     /// As a disk's data arrive: by a read into guest memory.
     fn write(&self, gfn: Gfn, page: &Page) -> Result<(), SubjectError> {
+        if let Some(disk) = &self.disk {
+            return Ok(disk.read_into(gfn, page)?);
+        }
         let at = GuestAddress(gfn.gpa().0);
         Ok(self.machine.ram().mem().read_exact_volatile_from(at, &mut &page[..], page.len())?)
     }

@@ -15,3 +15,4 @@ pub mod skip;
 pub mod store;
 pub mod sys;
 pub mod tiny;
+pub mod virtio_disk;

@@ -7,7 +7,7 @@ use dirty_track::conformance::{self, Failure, Plan, Report};
 use dirty_track::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
 use tests::conformance::{Guest, config, start};
 use tests::hugetlb::Reserved;
-use tests::{e2e, skip};
+use tests::{e2e, skip, virtio_disk};
 use vmm::host;
 use vmm::machine::open_kvm;
 use vmm::memory::{HugePages, MemoryConfig};
@@ -52,16 +52,19 @@ const CASES_IN_RIG: usize = 2;
 const RING_ENTRIES: u32 = 1024;
 
 /// Runs `case` and says what came of it.
-fn run(case: &Case, kind: Kind, plan: &Plan) -> Result<Report, Failure> {
+fn run(case: &Case, kind: Kind, plan: &Plan) -> Result<Report, Box<dyn std::error::Error>> {
     let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared };
     let cmdline = format!("{} passes=0 verify=on", case.cmdline);
     let mut config = config(&cmdline, case.cpus, memory);
     config.dirty_ring = (kind == Kind::KvmRing).then_some(RING_ENTRIES);
+    let directory = tempfile::tempdir()?;
+    let disk = directory.path().join("disk");
+    config.disks.push(virtio_disk::make(&disk)?);
     let machine = start(config);
     let mut tracker = machine.tracker(kind, &TrackConfig::default())?;
     // The guarantees that the suite enforces are those of the table that users see.
     assert_eq!(tracker.guarantees(), kind.guarantees(backing(memory)), "{kind}");
-    let mut guest = Guest::of(&machine);
+    let mut guest = Guest::with_disk(&machine, &disk);
     let report = conformance::run(&mut guest, &mut *tracker, plan)?;
     guest.end_well();
     Ok(report)

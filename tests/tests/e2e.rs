@@ -10,12 +10,16 @@ use dirty_track::rearm::{DenseSkip, Rearm};
 use dirty_track::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
 use tests::conformance::{start, wait_until};
 use tests::skip;
+use vmm::forecast::Link;
 use vmm::ledger::Agreement;
 use vmm::live::Observer;
 use vmm::machine::{Machine, MachineConfig, MachineError, open_kvm};
 use vmm::memory::{HugePages, MemoryConfig};
 use vmm::track::TrackConfig;
 use vmm::vcpu::End;
+
+/// Of no account here.
+const LINK: Link = Link { bytes_per_s: 1 << 30, downtime_s: 0.02 };
 
 fn no_kvm(test: &str) -> bool {
     match open_kvm() {
@@ -85,7 +89,7 @@ const MIB: u64 = 1 << 20;
 fn reports_equal_the_ledger(kind: Kind, cmdline: &str, cpus: u8, huge: HugePages) {
     let config = config(&format!("{cmdline} passes=0 verify=on"), cpus, 96 * MIB, huge);
     let machine = start(prepared(kind, config));
-    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, kind), true);
+    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, kind), true, LINK);
     let agreements = observe(&mut observer, 6, 4000);
     for (epoch, agreement) in (1..).zip(&agreements) {
         assert!(
@@ -241,7 +245,7 @@ fn reads_are_all_that_is_reported_beyond_the_ledger() {
         return;
     }
     let machine = start(config("workload=mixed region=64M reads=50 verify=on", 2, 96 * MIB, HugePages::Thp));
-    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true);
+    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true, LINK);
     for (epoch, agreement) in (1..).zip(observe(&mut observer, 6, 4000)) {
         assert_eq!(agreement.missed, 0, "epoch {epoch}: {agreement:?}");
         assert_eq!(agreement.stray, 0, "epoch {epoch}: {agreement:?}");
@@ -264,7 +268,7 @@ fn blocks_left_writable_lose_nothing() {
         let machine = start(config(&cmdline, cpus, 96 * MIB, HugePages::Thp));
         let skip = Rearm::DenseSkip(DenseSkip::new(384, 3).unwrap());
         let tracker = leaving(&machine, skip);
-        let mut observer = Observer::new(Arc::clone(&machine), tracker, true);
+        let mut observer = Observer::new(Arc::clone(&machine), tracker, true, LINK);
         // Each page three times or so, where the guest writes flat out.
         let accesses = if dense { 24_000 } else { 500 };
         for (epoch, agreement) in (1..).zip(observe(&mut observer, 12, accesses)) {
@@ -289,7 +293,7 @@ fn blocks_left_writable_cost_no_faults() {
     let faults = |rearm| {
         let machine =
             start(config("workload=fill region=32M passes=0 verify=on", 1, 96 * MIB, HugePages::Thp));
-        let mut observer = Observer::new(Arc::clone(&machine), leaving(&machine, rearm), true);
+        let mut observer = Observer::new(Arc::clone(&machine), leaving(&machine, rearm), true, LINK);
         observe(&mut observer, 3, 3 * PAGES);
         let before = observer.totals().faults;
         for _ in 0..8 {
@@ -348,7 +352,7 @@ fn a_page_dropped_on_purpose_is_missed() {
     }
     let machine = start(config("workload=rand region=64M", 1, 96 * MIB, HugePages::Thp));
     let forgetful = Box::new(Forgetful(tracker(&machine, Kind::KvmManual)));
-    let mut observer = Observer::new(Arc::clone(&machine), forgetful, true);
+    let mut observer = Observer::new(Arc::clone(&machine), forgetful, true, LINK);
     for agreement in observe(&mut observer, 3, 4000) {
         // The dropped page may be the one in flight, which is excused.
         assert!(agreement.missed == 1 || agreement.in_flight > 0, "{agreement:?}");
@@ -363,7 +367,7 @@ fn a_machine_stands_still_while_paused_and_goes_on_afterwards() {
         return;
     }
     let machine = start(config("workload=rand region=64M verify=on", 2, 96 * MIB, HugePages::Thp));
-    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true);
+    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true, LINK);
     observer.arm().unwrap();
     let progress = || observer.ledger().unwrap().accesses().unwrap();
     for round in 0..50 {
@@ -388,7 +392,8 @@ fn guests_of_any_size_start_and_use_all_of_their_memory() {
     // Not touched but for a page here and there: 4000 random pages of up to 63 GiB.
     for size in [64 * MIB, 1024 * MIB, 3072 * MIB, 4096 * MIB, 65536 * MIB] {
         let machine = start(config("workload=rand pages=500", 1, size, HugePages::None));
-        let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true);
+        let mut observer =
+            Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true, LINK);
         for agreement in observe(&mut observer, 2, 1000) {
             assert!(agreement.is_exact(), "{size}: {agreement:?}");
         }
@@ -415,7 +420,7 @@ fn huge_mappings_are_split_by_writes_and_come_back_after_disarm() {
         stats.refresh().unwrap();
         stats.get(id)
     };
-    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true);
+    let mut observer = Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true, LINK);
     let pass = |observer: &Observer| {
         let begin = observer.ledger().unwrap().accesses().unwrap();
         wait_until("the guest has written all of its region", || {

@@ -9,23 +9,16 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dirty_track::rate::FaultCost;
 use dirty_track::rearm::Rearm;
 use dirty_track::tracker::{Kind, Tracker};
 use guest::abi::Doorbell;
-use serde::Serialize;
 
 use crate::boot::Kernel;
 use crate::machine::{Machine, MachineConfig, MachineError};
 use crate::memory::{HugePages, MemoryConfig};
 use crate::timing::Timing;
 use crate::track::TrackConfig;
-
-/// What one write fault costs the vCPU that takes it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct FaultCost {
-    /// Nanoseconds: the lower quartile of some rounds, since whatever disturbs a round only adds to it.
-    pub ns: f64,
-}
 
 /// Pages written per round: enough to drown the exits at its ends.
 const PAGES: u64 = 1024;
@@ -43,8 +36,10 @@ enum Step {
     Free(Instant, Duration),
 }
 
-/// Measures what a write under the tracker `kind`, made as `config` says, costs on this host; takes some hundred milliseconds. `None` when the host cannot track, or when
-/// the result makes no sense.
+/// Measures what a write under the tracker `kind`, made as `config` says, costs on this host; takes some hundred
+/// milliseconds. It is the lower quartile of some rounds, since whatever disturbs a round only adds to it; its error
+/// is taken from how far apart the quartiles are. `None` when the host cannot track, or when the result makes no
+/// sense.
 ///
 /// # Errors
 /// When the scratch machine cannot be made.
@@ -114,7 +109,11 @@ pub fn measure(kind: Kind, config: &TrackConfig) -> Result<Option<FaultCost>, Ma
     // The tracker keeps a view of the scratch machine's RAM, which goes only when nobody does.
     *tracker.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
     rounds.sort_by(f64::total_cmp);
-    Ok(rounds.get(rounds.len() / 4).filter(|_| rounds.len() == ROUNDS).map(|ns| FaultCost { ns: *ns }))
+    if rounds.len() < ROUNDS {
+        return Ok(None);
+    }
+    let (ns, median) = (rounds[ROUNDS / 4], rounds[ROUNDS / 2]);
+    Ok((ns > 0.0).then(|| FaultCost { ns, relative_error: (median / ns - 1.0) / (ROUNDS as f64).sqrt() }))
 }
 
 #[cfg(test)]

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use dirty_track::addr::{BLOCK_SIZE, PAGE_SIZE};
 use dirty_track::bitmap::DirtyBitmap;
+use dirty_track::rate::{FaultCost, RateError};
 use dirty_track::sys::stats::{StatId, Stats};
 use dirty_track::tracker::{Harvest, Tracker, TrackerError};
 use serde::Serialize;
 
-use crate::cost::FaultCost;
+use crate::forecast::{Forecast, Forecaster, Link, Seen};
 use crate::ledger::{Agreement, Ledger, LedgerError};
 use crate::machine::{Machine, Paused};
 
@@ -25,6 +26,9 @@ pub enum LiveError {
     /// The ledger.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    /// The sample.
+    #[error("sampling guest memory: {0}")]
+    Sample(#[from] RateError),
 }
 
 /// What happened in one epoch.
@@ -66,6 +70,9 @@ pub struct Epoch {
     pub harvest_us: f64,
     /// Microseconds that the vCPUs stood still for the boundary.
     pub stall_us: f64,
+    /// What follows from the epochs so far.
+    #[serde(flatten)]
+    pub forecast: Forecast,
     /// How the report compares with the guest's own ledger.
     pub ledger: Option<Agreement>,
     /// Guest memory from left to right in [`COLUMNS`] parts: share of dirty pages, 0 to 255, rounded up, so
@@ -96,6 +103,9 @@ pub struct Totals {
     pub worst_stall_us: f64,
     /// Mean of the epochs' slow-downs, percent.
     pub slowdown_percent: Option<f64>,
+    /// What follows from them.
+    #[serde(flatten)]
+    pub forecast: Forecast,
     /// Epochs that were held against the ledger.
     pub checked: u32,
     /// Pages written by the ledger, over the epochs checked.
@@ -169,6 +179,7 @@ pub struct Observer {
     ledger: Option<Ledger>,
     wants_ledger: bool,
     cost: Option<FaultCost>,
+    forecaster: Forecaster,
     counters: Counters,
     ever: DirtyBitmap,
     epoch: u32,
@@ -179,8 +190,9 @@ pub struct Observer {
 
 impl Observer {
     /// An observer that will arm `tracker`. With `check_ledger` the guest is the built-in one, and every epoch
-    /// is held against its ledger, for which the vCPUs are stopped for a moment at each boundary.
-    pub fn new(machine: Arc<Machine>, tracker: Box<dyn Tracker>, check_ledger: bool) -> Observer {
+    /// is held against its ledger, for which the vCPUs are stopped for a moment at each boundary. Migrations are
+    /// foretold for `link`.
+    pub fn new(machine: Arc<Machine>, tracker: Box<dyn Tracker>, check_ledger: bool, link: Link) -> Observer {
         let pages = machine.ram().config().size / PAGE_SIZE;
         let counters = Counters::new(&machine);
         let now = Instant::now();
@@ -189,6 +201,7 @@ impl Observer {
             ledger: None,
             wants_ledger: check_ledger,
             cost: None,
+            forecaster: Forecaster::new(machine.cpus(), pages, link),
             counters,
             ever: DirtyBitmap::new(pages as usize),
             epoch: 0,
@@ -262,7 +275,13 @@ impl Observer {
         let dirty_pages = harvest.count();
         let host_pages = harvest.host_count();
         let coarse_pages = harvest.coarse_count();
-        let vcpu_pages = (0..harvest.vcpus()).map(|vcpu| harvest.count_by(vcpu)).collect();
+        let vcpu_pages: Vec<u64> = (0..harvest.vcpus()).map(|vcpu| harvest.count_by(vcpu)).collect();
+        // Coarse pages took no fault.
+        let write_faults = dirty_pages.saturating_sub(host_pages + coarse_pages);
+        let seen = Seen { seconds, pages: dirty_pages, vcpu_pages: &vcpu_pages, faults: write_faults };
+        // An epoch of no length tells nothing.
+        let _ =
+            self.forecaster.add(seen, harvest.slots().iter().flat_map(|slot| slot.words().iter().copied()));
         let dirty_blocks = harvest.dirty_blocks();
         let map = picture(&harvest);
         remember(&self.ever, &harvest);
@@ -271,10 +290,8 @@ impl Observer {
         let [pages_4k, pages_2m, pages_1g] = self.counters.pages();
         let faults = self.counters.faults();
         let slowdown_percent = self.cost.map(|cost| {
-            // Coarse pages took no fault.
-            let guest_pages = dirty_pages.saturating_sub(host_pages + coarse_pages) as f64;
             let available = seconds * 1e9 * machine.cpus() as f64;
-            (guest_pages * cost.ns / available * 100.0).min(100.0)
+            (write_faults as f64 * cost.ns / available * 100.0).min(100.0)
         });
         let epoch = Epoch {
             epoch: self.epoch,
@@ -294,6 +311,7 @@ impl Observer {
             slowdown_percent,
             harvest_us: micros(ended - harvesting),
             stall_us: micros(stall),
+            forecast: self.forecaster.forecast(self.cost),
             ledger: agreement,
             map,
         };
@@ -353,6 +371,7 @@ impl Totals {
         self.coarse_pages += epoch.coarse_pages;
         self.peak_bytes_per_s = self.peak_bytes_per_s.max(epoch.dirty_bytes_per_s);
         self.faults += epoch.faults.unwrap_or(0);
+        self.forecast = epoch.forecast.clone();
         self.worst_stall_us = self.worst_stall_us.max(epoch.stall_us);
         if let Some(percent) = epoch.slowdown_percent {
             let before = self.slowdown_percent.unwrap_or(percent);

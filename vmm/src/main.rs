@@ -8,6 +8,7 @@ use dirty_track::rearm::Rearm;
 use dirty_track::tracker::Kind;
 use vmm::boot::Kernel;
 use vmm::devices::virtio::disk::DiskConfig;
+use vmm::forecast::Link;
 use vmm::memory::MemoryConfig;
 use vmm::options;
 use vmm::run::{Outcome, RunConfig, run};
@@ -73,13 +74,20 @@ struct RunArgs {
     #[arg(long, value_name = "SWITCH", value_enum)]
     rng: Option<OnOff>,
     /// How to know which pages the guest writes: auto, none, kvm-bitmap, kvm-manual, kvm-ring[,entries=4096],
-    /// uffd-sync[,unit=4k|2m], uffd-async, exact; `vmm doctor` tells what each is good for
+    /// uffd-sync[,unit=4k|2m], uffd-async, exact; `vmm doctor` tells what each is good for. Or
+    /// sampled[,per-gib=512]: just the rate, from a sample of pages, at next to no cost to the guest
     #[arg(long, value_name = "TRACKER", default_value = "auto")]
     track: TrackConfig,
     /// What is write-protected again at the end of an epoch: all, or dense-skip[,threshold=75%][,for-epochs=8],
     /// which leaves blocks writable that were dense, and reports them whole
     #[arg(long, value_name = "POLICY", default_value = "all")]
     rearm: Rearm,
+    /// Link of the live migration that is foretold from what the guest dirties: bytes per second, as in 1250M
+    #[arg(long, value_name = "SIZE", default_value = "1250M", value_parser = bandwidth)]
+    bandwidth: u64,
+    /// How long the guest may stand still for that migration
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = options::duration)]
+    downtime: Duration,
     /// Length of an epoch
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = epoch)]
     epoch: Duration,
@@ -108,6 +116,14 @@ fn epoch(text: &str) -> Result<Duration, String> {
         return Err(format!("'{text}' will not do: give 1ms to 24h"));
     }
     Ok(epoch)
+}
+
+fn bandwidth(text: &str) -> Result<u64, String> {
+    match options::size(text) {
+        Ok(0) => Err("nothing can be sent over that".into()),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// What the first argument-less run shows: a busy guest with a shape to its writes.
@@ -145,6 +161,7 @@ fn main() -> ExitCode {
                 disks: args.disk,
                 rng: args.rng.map_or(!builtin, |rng| rng == OnOff::On),
                 track,
+                link: Link { bytes_per_s: args.bandwidth, downtime_s: args.downtime.as_secs_f64() },
                 epoch: args.epoch,
                 duration: args.duration.unwrap_or(if builtin { DEFAULT_DURATION } else { Duration::ZERO }),
                 ledger: args.ledger == OnOff::On,

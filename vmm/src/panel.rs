@@ -4,11 +4,13 @@
 
 use std::fmt::Write;
 
+use crate::forecast::{Forecast, PrecopyReport, RateReport};
 use crate::live::{COLUMNS, Epoch, Totals, blocks};
 use crate::options::human_size;
+use crate::sampled::{Look, Looks};
 
 /// Lines of the panel.
-pub const HEIGHT: u16 = 4;
+pub const HEIGHT: u16 = 5;
 
 /// Eighths, for bars and densities.
 const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
@@ -26,6 +28,8 @@ pub struct Subject {
     pub tracker: &'static str,
     /// Why it was chosen, if the user left that open.
     pub chosen_because: Option<&'static str>,
+    /// Bytes per second of the link that a migration is foretold for.
+    pub bandwidth: u64,
     /// Whether colours are welcome.
     pub colour: bool,
 }
@@ -67,6 +71,42 @@ fn grouped(number: u64) -> String {
 
 fn rate(bytes_per_s: f64) -> String {
     format!("{}/s", human_size(bytes_per_s as u64))
+}
+
+/// A rate with its error.
+fn sure(report: &RateReport) -> String {
+    let error = report.percent().map(|percent| format!(" ± {percent:.0} %")).unwrap_or_default();
+    rate(report.bytes_per_s) + &error
+}
+
+fn time(seconds: f64) -> String {
+    if seconds < 0.0995 { format!("{:.1} ms", seconds * 1000.0) } else { format!("{seconds:.1} s") }
+}
+
+/// A migration in a few words.
+fn precopy(report: &PrecopyReport) -> String {
+    if report.converges {
+        let (total, still) = (time(report.total_s), time(report.downtime_s));
+        let rounds = if report.rounds == 1 { "round" } else { "rounds" };
+        format!("{} {rounds}, {total}, stands still {still}", report.rounds)
+    } else {
+        format!("does not converge: would stand still {}", time(report.downtime_s))
+    }
+}
+
+/// What follows from the epochs so far.
+fn outlook(forecast: &Forecast) -> String {
+    let mut text = String::new();
+    if let Some(report) = &forecast.rate {
+        let _ = write!(text, " mean {}", sure(report));
+    }
+    if let Some(report) = &forecast.untracked {
+        let _ = write!(text, "  untracked {}", sure(report));
+    }
+    if let Some(report) = &forecast.precopy {
+        let _ = write!(text, "  precopy {}", precopy(report));
+    }
+    text
 }
 
 fn huge(subject: &Subject, epoch: &Epoch) -> Option<String> {
@@ -144,7 +184,77 @@ pub fn panel(subject: &Subject, epoch: &Epoch, rates: &[f64], width: usize) -> V
     } else {
         String::new()
     };
-    vec![subject.paint("2", &format!("{title}{rule}")), first, second, map]
+    vec![subject.paint("2", &format!("{title}{rule}")), first, second, outlook(&epoch.forecast), map]
+}
+
+/// The panel after a look at a sample.
+pub fn sampled_panel(subject: &Subject, look: &Look, rates: &[f64], width: usize) -> Vec<String> {
+    let title = format!(
+        "── {} {} · {} vCPU · {} pages sampled · epoch {} · {:.1} s ",
+        human_size(subject.ram),
+        subject.huge,
+        subject.cpus,
+        grouped(look.sampled),
+        look.epoch,
+        look.at_s
+    );
+    let rule = "─".repeat(width.saturating_sub(title.chars().count()));
+    let line = format!(
+        " changed {:>4.1} %  {:>12}{}  {}",
+        look.changed as f64 / look.sampled as f64 * 100.0,
+        rate(look.rate.bytes_per_s),
+        between(&look.rate),
+        sparkline(&rates[rates.len().saturating_sub(16)..])
+    );
+    let mut lines = vec![subject.paint("2", &format!("{title}{rule}")), line];
+    lines.resize(usize::from(HEIGHT), String::new());
+    lines
+}
+
+/// One line for a look at a sample, where there is no terminal.
+pub fn sampled_line(look: &Look) -> String {
+    format!(
+        "epoch {:<4} {:>7.1} s  changed {:>5} of {} pages  {:>12}{}",
+        look.epoch,
+        look.at_s,
+        grouped(look.changed),
+        grouped(look.sampled),
+        rate(look.rate.bytes_per_s),
+        between(&look.rate)
+    )
+}
+
+fn between(report: &RateReport) -> String {
+    match (report.low, report.high) {
+        (Some(low), Some(high)) => format!(" ({} to {})", rate(low), rate(high)),
+        _ => String::new(),
+    }
+}
+
+/// The summary of a run with a sample.
+pub fn sampled_summary(subject: &Subject, looks: &Looks, host: Option<&str>) -> String {
+    let mut out = String::new();
+    let mut say = |label: &str, text: String| {
+        let _ = writeln!(out, "  {label:<11} {text}");
+    };
+    if looks.epochs == 0 {
+        say("dirty", "the run ended before its first epoch did".into());
+        return out;
+    }
+    let (mean, peak) = (rate(looks.mean_bytes_per_s), rate(looks.peak_bytes_per_s));
+    say("rate", format!("{mean} mean, {peak} peak in {} epochs", looks.epochs));
+    say(
+        "sample",
+        format!(
+            "{} pages of {}: what changed; a page that was written and holds the same is not seen",
+            grouped(looks.sampled),
+            human_size(subject.ram)
+        ),
+    );
+    if let Some(host) = host {
+        say("host pages", host.to_owned());
+    }
+    out
 }
 
 /// One line for an epoch, where there is no terminal.
@@ -164,6 +274,9 @@ pub fn line(subject: &Subject, epoch: &Epoch) -> String {
     }
     if let Some(percent) = epoch.slowdown_percent {
         let _ = write!(text, "  slowed by {percent:.1} %");
+    }
+    if let Some(report) = &epoch.forecast.untracked {
+        let _ = write!(text, "  untracked {}", rate(report.bytes_per_s));
     }
     if epoch.coarse_pages > 0 {
         let _ = write!(text, "  coarse {}", grouped(epoch.coarse_pages));
@@ -257,7 +370,11 @@ pub fn summary(subject: &Subject, totals: &Totals, picture: &Picture, host: Opti
             human_size(subject.ram),
         ),
     );
-    say("rate", format!("{} mean, {} peak", rate(totals.mean_bytes_per_s), rate(totals.peak_bytes_per_s)));
+    let mut rates = format!("{} mean, {} peak", rate(totals.mean_bytes_per_s), rate(totals.peak_bytes_per_s));
+    if let Some(report) = &totals.forecast.untracked {
+        let _ = write!(rates, "; untracked it would be {}", sure(report));
+    }
+    say("rate", rates);
     let mut cost = format!("{} page faults", grouped(totals.faults));
     if let Some(percent) = totals.slowdown_percent {
         let _ = write!(cost, ", the guest slowed by {percent:.1} %");
@@ -287,6 +404,11 @@ pub fn summary(subject: &Subject, totals: &Totals, picture: &Picture, host: Opti
                 },
             ),
         );
+    }
+    if let Some(report) = &totals.forecast.precopy {
+        let sent = human_size(report.bytes as u64);
+        let link = rate(subject.bandwidth as f64);
+        say("migration", format!("precopy at {link}: {}, {sent} sent", precopy(report)));
     }
     let why = subject.chosen_because.map(|why| format!(" (chosen here: {why})"));
     say("tracker", format!("{}{}", subject.tracker, why.unwrap_or_default()));
@@ -327,6 +449,7 @@ mod tests {
             cpus: 1,
             tracker: "none",
             chosen_because: None,
+            bandwidth: 1 << 30,
             colour: false,
         };
         for epoch in 0..1000 {

@@ -25,17 +25,19 @@ use crate::boot::Kernel;
 use crate::cost;
 use crate::devices::device_loop::{DeviceLoop, LoopError};
 use crate::devices::virtio::disk::DiskConfig;
+use crate::forecast::Link;
 use crate::host::KvmModule;
 use crate::live::{Epoch, LiveError, Observer, Totals};
 use crate::machine::{Machine, MachineConfig, MachineError};
 use crate::memory::{HostPages, MemoryConfig};
 use crate::options::human_size;
 use crate::panel::{self, Picture, Subject};
+use crate::sampled::{Look, Looker, Looks};
 use crate::sys::signals::Signals;
 use crate::sys::tty::RawMode;
 use crate::terminal::{Console, Terminal, restore_on_panic};
 use crate::timing::{Phase, Timing};
-use crate::track::TrackConfig;
+use crate::track::{SAMPLED, TrackConfig};
 use crate::vcpu::{End, PVM_HINT};
 
 /// What `vmm run` is asked to do.
@@ -57,6 +59,8 @@ pub struct RunConfig {
     pub rng: bool,
     /// Tracker.
     pub track: TrackConfig,
+    /// Link that a migration is foretold for.
+    pub link: Link,
     /// Length of an epoch.
     pub epoch: Duration,
     /// Stop after this time; zero: never.
@@ -277,9 +281,30 @@ impl Show {
     }
 }
 
+impl Show {
+    fn look(&mut self, look: &Look) {
+        if self.json {
+            print_json("look", look);
+        } else if self.quiet {
+        } else if let Some(terminal) = &self.terminal {
+            if self.rates.len() == 16 {
+                self.rates.pop_front();
+            }
+            self.rates.push_back(look.rate.bytes_per_s);
+            let rates = self.rates.make_contiguous();
+            terminal.draw(panel::sampled_panel(&self.subject, look, rates, terminal.width()));
+        } else {
+            eprintln!("{}", panel::sampled_line(look));
+        }
+    }
+}
+
 /// What the observer leaves behind.
 struct Observed {
-    totals: Totals,
+    /// With a tracker.
+    totals: Option<Totals>,
+    /// With a sample.
+    looks: Option<Looks>,
     show: Show,
     cost_ns: Option<f64>,
     failure: Option<LiveError>,
@@ -303,6 +328,8 @@ struct SummaryReport {
     guest_status: Option<u32>,
     #[serde(flatten)]
     totals: Option<Totals>,
+    #[serde(flatten)]
+    looks: Option<Looks>,
     #[serde(skip_serializing_if = "Option::is_none")]
     fault_cost_ns: Option<f64>,
     host: Option<HostPages>,
@@ -315,7 +342,8 @@ struct SummaryReport {
 /// See [`RunError`]. Whatever happens, the terminal is as it was.
 pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     let builtin = config.kernel == Kernel::BuiltIn;
-    let panel_wanted = !config.json && !config.quiet && config.track.kind != Some(Kind::None);
+    let observed = config.track.kind != Some(Kind::None) || config.track.sampled.is_some();
+    let panel_wanted = !config.json && !config.quiet && observed;
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
@@ -345,6 +373,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
     let (kind, chosen_because) = config.track.choose(&machine.tracking_facts());
+    let tracker_name = if config.track.sampled.is_some() { SAMPLED } else { kind.name() };
     let tracker: Option<Box<dyn Tracker>> = match kind {
         Kind::None => None,
         kind => Some(machine.tracker(kind, &config.track)?),
@@ -384,7 +413,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
             StartReport {
                 memory: config.memory,
                 cpus: config.cpus,
-                track: kind.name(),
+                track: tracker_name,
                 track_chosen_because: chosen_because,
                 epoch_s: config.epoch.as_secs_f64(),
                 builtin_guest: builtin,
@@ -403,8 +432,9 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
             ram: config.memory.size,
             huge: config.memory.huge.to_string(),
             cpus: machine.cpus(),
-            tracker: kind.name(),
+            tracker: tracker_name,
             chosen_because,
+            bandwidth: config.link.bytes_per_s,
             colour: terminal.is_some() && std::env::var_os("NO_COLOR").is_none(),
         },
         json: config.json,
@@ -414,16 +444,23 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         picture: Picture::default(),
     };
     let (finish, finished) = mpsc::channel::<()>();
-    let observer = tracker.map(|tracker| {
-        let observer = Observer::new(Arc::clone(&machine), tracker, builtin && config.ledger);
-        let plan =
-            Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet, kind, track: config.track };
-        thread::Builder::new()
-            .name("observer".into())
-            .stack_size(OBSERVER_STACK)
-            .spawn(move || observe(observer, show, &plan, &finished, &observer_failed))
-    });
-    let observer = observer.transpose().map_err(system("start the observer thread"))?;
+    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet, kind, track: config.track };
+    let body: Option<Box<dyn FnOnce() -> Observed + Send>> = match (tracker, config.track.sampled) {
+        (Some(tracker), _) => {
+            let ledger = builtin && config.ledger;
+            let observer = Observer::new(Arc::clone(&machine), tracker, ledger, config.link);
+            Some(Box::new(move || observe(observer, show, &plan, &finished, &observer_failed)))
+        }
+        (None, Some(per_gib)) => {
+            let machine = Arc::clone(&machine);
+            Some(Box::new(move || look(machine, per_gib, show, &plan, &finished, &observer_failed)))
+        }
+        (None, None) => None,
+    };
+    let observer = body
+        .map(|body| thread::Builder::new().name("observer".into()).stack_size(OBSERVER_STACK).spawn(body))
+        .transpose()
+        .map_err(system("start the observer thread"))?;
 
     while !control.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).ended {
         control_loop.run()?;
@@ -468,7 +505,8 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
                     Some(End::Stopped) | None => "stopped",
                 },
                 guest_status,
-                totals: observed.as_ref().map(|o| o.totals.clone()),
+                totals: observed.as_ref().and_then(|o| o.totals.clone()),
+                looks: observed.as_ref().and_then(|o| o.looks),
                 fault_cost_ns: observed.as_ref().and_then(|o| o.cost_ns),
                 host,
             },
@@ -478,13 +516,17 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     {
         let host = host.map(|host| describe(host, config.memory));
         let show = &observed.show;
-        let text = panel::summary(&show.subject, &observed.totals, &show.picture, host.as_deref());
+        let text = match (&observed.totals, &observed.looks) {
+            (Some(totals), _) => panel::summary(&show.subject, totals, &show.picture, host.as_deref()),
+            (None, Some(looks)) => panel::sampled_summary(&show.subject, looks, host.as_deref()),
+            (None, None) => String::new(),
+        };
         eprint!("\n{text}");
     }
     if config.timing {
         report_timing(timing, config.json);
     }
-    let contradicted = observed.as_ref().is_some_and(|o| o.totals.contradicted());
+    let contradicted = observed.as_ref().and_then(|o| o.totals.as_ref()).is_some_and(Totals::contradicted);
     if let Some(End::Failed(reason)) = end {
         return Err(RunError::Failed(reason));
     }
@@ -519,8 +561,8 @@ fn observe(
 ) -> Observed {
     let mut cost_ns = None;
     let result = (|| -> Result<(), LiveError> {
-        if plan.builtin {
-            wait_for_workload(&observer, &show, finished);
+        if plan.builtin && !wait_for_workload(|| observer.guest_has_begun(), &show, finished) {
+            return Ok(());
         }
         observer.arm()?;
         let mut deadline = Instant::now() + plan.epoch;
@@ -551,23 +593,53 @@ fn observe(
         // Only when its counter is full, and then it is readable.
         let _ = failed.write(1);
     }
-    Observed { totals: observer.totals(), show, cost_ns, failure: result.err() }
+    Observed { totals: Some(observer.totals()), looks: None, show, cost_ns, failure: result.err() }
+}
+
+/// The observer's thread without a tracker: a look at the sample after the other until `finished` hangs up.
+fn look(
+    machine: Arc<Machine>,
+    per_gib: u64,
+    mut show: Show,
+    plan: &Plan,
+    finished: &mpsc::Receiver<()>,
+    failed: &EventFd,
+) -> Observed {
+    let mut looks = Looks::default();
+    let result = (|| -> Result<(), LiveError> {
+        if plan.builtin && !wait_for_workload(|| machine.channel().begun().read().is_ok(), &show, finished) {
+            return Ok(());
+        }
+        let mut looker = Looker::new(Arc::clone(&machine), per_gib)?;
+        while let Err(mpsc::RecvTimeoutError::Timeout) = finished.recv_timeout(plan.epoch) {
+            let look = looker.look()?;
+            looks.add(&look);
+            show.look(&look);
+        }
+        Ok(())
+    })();
+    if result.is_err() {
+        // Only when its counter is full, and then it is readable.
+        let _ = failed.write(1);
+    }
+    Observed { totals: None, looks: Some(looks), show, cost_ns: None, failure: result.err() }
 }
 
 /// Waits until the built-in guest's workload begins, so that the first epoch begins with it. A guest that does
-/// not get there is armed anyway after a while, to be seen as well.
-fn wait_for_workload(observer: &Observer, show: &Show, finished: &mpsc::Receiver<()>) {
+/// not get there is armed anyway after a while, to be seen as well. False: the run is over.
+fn wait_for_workload(has_begun: impl Fn() -> bool, show: &Show, finished: &mpsc::Receiver<()>) -> bool {
     let begin = Instant::now();
     let mut said = false;
-    while !observer.guest_has_begun() && begin.elapsed() < WORKLOAD_PATIENCE {
+    while !has_begun() && begin.elapsed() < WORKLOAD_PATIENCE {
         if !matches!(finished.recv_timeout(Duration::from_millis(1)), Err(mpsc::RecvTimeoutError::Timeout)) {
-            return;
+            return false;
         }
         if !said && begin.elapsed() > Duration::from_millis(300) {
             said = true;
             show.waiting();
         }
     }
+    true
 }
 
 /// Touching all of a large guest's memory takes its time.

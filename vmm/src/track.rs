@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use dirty_track::addr::PageSize;
+use dirty_track::rate::Sampler;
 use dirty_track::rearm::Rearm;
 use dirty_track::tracker::{Backing, HostFacts, Kind};
 
@@ -14,11 +15,16 @@ use crate::options::{self, OptionError};
 /// Entries of a vCPU's dirty ring unless told otherwise: 16 MiB of first writes between two harvests.
 pub const RING_ENTRIES: u32 = 4096;
 
+/// What `--track` calls a rate without a tracker, from a sample.
+pub const SAMPLED: &str = "sampled";
+
 /// What `--track` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrackConfig {
     /// The tracker; `None`: the one that suits the host.
     pub kind: Option<Kind>,
+    /// Without a tracker: sample this many pages of each GiB.
+    pub sampled: Option<u64>,
     /// Entries of each vCPU's dirty ring, for `kvm-ring`.
     pub ring_entries: u32,
     /// What is protected again when an epoch ends, for `kvm-manual`.
@@ -29,7 +35,13 @@ pub struct TrackConfig {
 
 impl Default for TrackConfig {
     fn default() -> TrackConfig {
-        TrackConfig { kind: None, ring_entries: RING_ENTRIES, rearm: Rearm::All, unit: PageSize::K4 }
+        TrackConfig {
+            kind: None,
+            sampled: None,
+            ring_entries: RING_ENTRIES,
+            rearm: Rearm::All,
+            unit: PageSize::K4,
+        }
     }
 }
 
@@ -60,14 +72,17 @@ impl FromStr for TrackConfig {
         let (name, settings) = text.split_once(',').unwrap_or((text, ""));
         let kind = match name {
             "auto" => None,
+            SAMPLED => Some(Kind::None),
             name => Some(name.parse::<Kind>().map_err(|error| OptionError::Value {
                 key: "--track".into(),
                 value: name.into(),
-                expected: format!("{error}, and auto"),
+                expected: format!("{error}, {SAMPLED} and auto"),
             })?),
         };
         let mut config = TrackConfig { kind, ..TrackConfig::default() };
+        config.sampled = (name == SAMPLED).then_some(Sampler::PER_GIB);
         let keys: &[&str] = match kind {
+            Some(Kind::None) if config.sampled.is_some() => &["per-gib"],
             Some(Kind::KvmRing) => &["entries"],
             Some(Kind::UffdSync) => &["unit"],
             _ => &[],
@@ -79,6 +94,10 @@ impl FromStr for TrackConfig {
                 expected: expected.into(),
             };
             match key {
+                "per-gib" => {
+                    let pages = value.parse().ok().filter(|pages| (1..=1 << 18).contains(pages));
+                    config.sampled = Some(pages.ok_or_else(|| wrong("a number of pages, as in 512"))?);
+                }
                 "entries" => {
                     let entries = value.parse().ok().filter(|entries: &u32| entries.is_power_of_two());
                     config.ring_entries = entries.ok_or_else(|| wrong("a power of two, as in 4096"))?;
@@ -98,7 +117,10 @@ impl FromStr for TrackConfig {
 
 impl fmt::Display for TrackConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind.map_or("auto", Kind::name))
+        match self.sampled {
+            Some(_) => f.write_str(SAMPLED),
+            None => f.write_str(self.kind.map_or("auto", Kind::name)),
+        }
     }
 }
 
@@ -143,9 +165,17 @@ mod tests {
             parse("uffd-sync,unit=2m"),
             Ok(TrackConfig { unit: PageSize::M2, ..Kind::UffdSync.into() })
         );
-        for bad in
-            ["", "kvm", "kvm-ring,entries=1000", "kvm-manual,entries=1024", "uffd-sync,unit=1g", "auto,x=1"]
-        {
+        assert_eq!(parse("sampled,per-gib=64"), Ok(TrackConfig { sampled: Some(64), ..Kind::None.into() }));
+        for bad in [
+            "none,per-gib=1",
+            "sampled,per-gib=0",
+            "",
+            "kvm",
+            "kvm-ring,entries=1000",
+            "kvm-manual,entries=1024",
+            "uffd-sync,unit=1g",
+            "auto,x=1",
+        ] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }

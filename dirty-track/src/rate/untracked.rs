@@ -57,9 +57,9 @@ impl Tracked {
 pub struct Untracked {
     /// Distinct pages as a function of vCPU-seconds.
     pub curve: Curve,
-    /// Pages per vCPU-second over one epoch of the length that was given.
+    /// Pages per vCPU-second over one epoch of the length that was given; at least what was seen in the shortest.
     pub pages_per_s: f64,
-    /// The same with the cost two standard errors lower and higher. The more of the time went into faults, the
+    /// The same with the cost two standard errors lower and higher, and the fit off by two of its own. The more of the time went into faults, the
     /// further these are apart: what is left for the guest is a small difference of large numbers. `high` is
     /// infinite when the faults may have taken all of the time.
     pub low: f64,
@@ -88,11 +88,16 @@ pub fn untracked(seen: &[Tracked], cost: FaultCost, epoch_vcpu_seconds: f64) -> 
         }
         Curve::fit(&points)
     };
+    // Nobody is slower for not being held up: where the fit says so, it is the fit that is off.
+    let least = seen.first().map_or(0.0, |first| first.pages as f64 / first.vcpu_seconds);
+    let per_s = |curve: &Curve, sign: f64| {
+        (curve.pages_in(epoch) / epoch * (1.0 + sign * 2.0 * curve.error().min(0.5))).max(least)
+    };
     let curve = at(cost.ns)?;
     let margin = 2.0 * cost.relative_error.clamp(0.0, 0.5);
-    let low = at(cost.ns * (1.0 - margin))?.pages_in(epoch) / epoch;
+    let low = per_s(&at(cost.ns * (1.0 - margin))?, -1.0);
     let high = match at(cost.ns * (1.0 + margin)) {
-        Ok(curve) => curve.pages_in(epoch) / epoch,
+        Ok(curve) => per_s(&curve, 1.0),
         Err(RateError::CostExceedsTime { .. }) => f64::INFINITY,
         Err(error) => return Err(error),
     };
@@ -101,7 +106,7 @@ pub fn untracked(seen: &[Tracked], cost: FaultCost, epoch_vcpu_seconds: f64) -> 
         all += tracked.vcpu_seconds;
         productive += tracked.productive_seconds(cost)?;
     }
-    Ok(Untracked { curve, pages_per_s: curve.pages_in(epoch) / epoch, low, high, speedup: all / productive })
+    Ok(Untracked { curve, pages_per_s: per_s(&curve, 0.0), low, high, speedup: all / productive })
 }
 
 #[cfg(test)]
