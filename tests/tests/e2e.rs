@@ -120,19 +120,6 @@ fn what_is_reported_is_what_the_guest_wrote() {
 }
 
 #[test]
-fn it_is_so_with_the_bitmap_that_is_cleared_when_read() {
-    if no_kvm("it_is_so_with_the_bitmap_that_is_cleared_when_read") {
-        return;
-    }
-    for workload in ["fill", "rand"] {
-        for cpus in [1, 2] {
-            let cmdline = format!("workload={workload} region=64M");
-            reports_equal_the_ledger(Kind::KvmBitmap, &cmdline, cpus, HugePages::Thp);
-        }
-    }
-}
-
-#[test]
 fn it_is_so_with_dirty_rings_that_fill_up() {
     const NAME: &str = "it_is_so_with_dirty_rings_that_fill_up";
     if no_kvm(NAME) {
@@ -190,53 +177,6 @@ fn it_is_so_in_ring_0() {
         return;
     }
     reports_equal_the_ledger(Kind::KvmManual, "workload=rand region=16M ring=0", 1, HugePages::Thp);
-}
-
-/// Whether the host has no userfaultfd that the trackers by write-protection can use; says so if it has not.
-fn no_write_protection(test: &str, machine: &Machine) -> bool {
-    match machine.tracker(Kind::UffdAsync, &TrackConfig::default()) {
-        Ok(_) => false,
-        Err(error) => {
-            skip::skip(test, &error.to_string());
-            true
-        }
-    }
-}
-
-const BY_PROTECTION: [Kind; 3] = [Kind::UffdAsync, Kind::UffdSync, Kind::Exact];
-
-#[test]
-fn it_is_so_by_write_protection() {
-    let test = "it_is_so_by_write_protection";
-    if no_kvm(test) {
-        return;
-    }
-    if no_write_protection(test, &Machine::new(config("", 1, 96 * MIB, HugePages::None)).unwrap()) {
-        return;
-    }
-    for kind in BY_PROTECTION {
-        for (cpus, huge) in [(1, HugePages::Thp), (2, HugePages::Thp), (1, HugePages::None)] {
-            reports_equal_the_ledger(kind, "workload=rand region=64M", cpus, huge);
-        }
-        reports_equal_the_ledger(kind, "workload=hot region=32M map=lazy around=16", 2, HugePages::Thp);
-        reports_equal_the_ledger(kind, "workload=rand region=16M ring=0", 1, HugePages::Thp);
-    }
-}
-
-/// Half of all accesses are reads, of memory that is cold after each harvest: not one is reported.
-#[test]
-fn no_read_is_reported_by_write_protection() {
-    let test = "no_read_is_reported_by_write_protection";
-    if no_kvm(test) {
-        return;
-    }
-    if no_write_protection(test, &Machine::new(config("", 1, 96 * MIB, HugePages::None)).unwrap()) {
-        return;
-    }
-    for kind in BY_PROTECTION {
-        reports_equal_the_ledger(kind, "workload=mixed region=64M reads=50", 2, HugePages::Thp);
-        reports_equal_the_ledger(kind, "workload=mixed region=64M reads=50", 1, HugePages::None);
-    }
 }
 
 #[test]
