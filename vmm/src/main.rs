@@ -78,7 +78,7 @@ struct RunArgs {
     /// sampled[,per-gib=512]: just the rate, from a sample of pages, at next to no cost to the guest
     #[arg(long, value_name = "TRACKER", default_value = "auto")]
     track: TrackConfig,
-    /// What is write-protected again at the end of an epoch: all, or dense-skip[,threshold=75%][,for-epochs=8],
+    /// What is write-protected again at the end of an epoch: all, or dense-skip[,threshold=75%][,for-epochs=16],
     /// which leaves blocks writable that were dense, and reports them whole
     #[arg(long, value_name = "POLICY", default_value = "all")]
     rearm: Rearm,

@@ -21,11 +21,11 @@
 //! | probed | fewer | exact | all dirty leaves |
 //!
 //! Why a probe and not the whole block: re-protecting all of a block that is still dense costs 512 faults.
-//! One epoch of that in nine would still hold a guest back 30 times; four faults in nine epochs are not felt.
+//! One epoch of that in 17 would still hold a guest back 15 times; two faults in 17 epochs are not felt.
 //! So a dense block never goes back to exact tracking just to look; one that has cooled does, at most
-//! `for_epochs` + 1 epochs later. Half the threshold, because four probes are a small sample: a block at
-//! 80 % under a threshold of 75 % is taken for cool in 3 of 100 probes, and one that dropped to 1 % passes
-//! for hot in 1 of 1600. Which leaves are probed changes each time, so no pattern can hide from it for long.
+//! `for_epochs` + 1 epochs later. Half the threshold, because two probes are a small sample: a block at
+//! 80 % under a threshold of 75 % is taken for cool in 4 of 100 probes, and one that dropped to 1 % passes
+//! for hot in 2 of 100. Which leaves are probed changes each time, so no pattern can hide from it for long.
 //!
 //! Blocks that become dense together do not stay in step: *n* is `for_epochs` or less at first, depending on
 //! the block's number, so the probes of a large guest spread over the epochs.
@@ -52,14 +52,14 @@ use crate::mix::{below, mix};
 pub use text::ParseError;
 
 /// Leaves of an open block that are protected to find out whether it is still dense.
-pub const PROBES: usize = 4;
+pub const PROBES: usize = 2;
 
 const WORDS_PER_BLOCK: usize = LEAVES_PER_BLOCK as usize / PAGES_PER_WORD;
 
 /// Which pages are write-protected again when an epoch ends; see the [module](self).
 ///
 /// As text, which [`FromStr`](std::str::FromStr) reads and [`Display`](std::fmt::Display) writes: `all`,
-/// `dense-skip`, `dense-skip,threshold=75%,for-epochs=8`; a threshold without `%` is a number of leaves.
+/// `dense-skip`, `dense-skip,threshold=75%,for-epochs=16`; a threshold without `%` is a number of leaves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Rearm {
     /// Every page that was dirty. Each epoch is exact.
@@ -126,9 +126,9 @@ impl DenseSkip {
 }
 
 impl Default for DenseSkip {
-    /// Three quarters of a block, for 8 epochs.
+    /// Three quarters of a block, for 16 epochs.
     fn default() -> DenseSkip {
-        DenseSkip { threshold: 384, for_epochs: 8 }
+        DenseSkip { threshold: 384, for_epochs: 16 }
     }
 }
 

@@ -11,10 +11,10 @@ use crate::rearm::{DenseSkip, Rearm, RearmError};
 #[non_exhaustive]
 pub enum ParseError {
     /// No policy has this name.
-    #[error("there is no re-arming policy {0:?}: use all or dense-skip[,threshold=75%][,for-epochs=8]")]
+    #[error("there is no re-arming policy {0:?}: use all or dense-skip[,threshold=75%][,for-epochs=16]")]
     Policy(String),
     /// An option that the policy does not have.
-    #[error("{policy} has no option {option:?}; dense-skip has threshold=75% and for-epochs=8")]
+    #[error("{policy} has no option {option:?}; dense-skip has threshold=75% and for-epochs=16")]
     Option {
         /// The policy.
         policy: &'static str,
@@ -131,17 +131,17 @@ mod tests {
         for (text, policy) in [
             ("all", Rearm::All),
             ("dense-skip", Rearm::DenseSkip(DenseSkip::default())),
-            ("dense-skip,threshold=75%,for-epochs=8", Rearm::DenseSkip(DenseSkip::default())),
+            ("dense-skip,threshold=75%,for-epochs=16", Rearm::DenseSkip(DenseSkip::default())),
             ("dense-skip,for-epochs=3", skip(384, 3)),
             ("dense-skip,for-epochs=250,threshold=1", skip(1, 250)),
-            ("dense-skip,threshold=1%", skip(6, 8)),
-            ("dense-skip,threshold=100%", skip(512, 8)),
+            ("dense-skip,threshold=1%", skip(6, 16)),
+            ("dense-skip,threshold=100%", skip(512, 16)),
         ] {
             assert_eq!(text.parse(), Ok(policy), "{text}");
         }
         assert_eq!(
             Rearm::DenseSkip(DenseSkip::default()).to_string(),
-            "dense-skip,threshold=75%,for-epochs=8"
+            "dense-skip,threshold=75%,for-epochs=16"
         );
     }
 
