@@ -4,7 +4,7 @@
 //! `SOAK=N` repeats each plan with N times the epochs; see the README.
 
 use dirty_track::conformance::{self, Failure, Plan, Report};
-use dirty_track::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
+use dirty_track::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
 use tests::conformance::{Guest, config, start};
 use tests::hugetlb::Reserved;
 use tests::{e2e, skip, virtio_disk};
@@ -212,6 +212,10 @@ impl Tracker for Faulty {
             });
         }
         Ok(harvest)
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.inner.set_slots(slots)
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {

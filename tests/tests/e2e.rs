@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use dirty_track::rearm::{DenseSkip, Rearm};
-use dirty_track::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
+use dirty_track::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
 use tests::conformance::{start, wait_until};
 use tests::skip;
 use vmm::forecast::Link;
@@ -278,6 +278,10 @@ impl Tracker for Forgetful {
         let victim = harvest.runs().flat_map(|run| run.iter()).last();
         assert!(harvest.discard(victim.expect("the guest writes all the time")));
         Ok(harvest)
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.0.set_slots(slots)
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {

@@ -81,6 +81,16 @@ impl LoggedSlot {
         LoggedSlot { vm, slot, logging: false }
     }
 
+    /// The memslot.
+    pub fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// Whether its logging was turned on, and not off again.
+    pub fn is_logging(&self) -> bool {
+        self.logging
+    }
+
     /// Turns KVM_MEM_LOG_DIRTY_PAGES of the slot on or off. No change is no error.
     ///
     /// # Errors

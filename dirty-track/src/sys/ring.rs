@@ -30,8 +30,9 @@ const KVM_RESET_DIRTY_RINGS: c_ulong = ioctl_expr(_IOC_NONE, KVMIO, 0xc7, 0);
 const _: () = assert!(KVM_RESET_DIRTY_RINGS == 0xaec7);
 
 /// Flags of an entry: nothing (free, or KVM is writing it), dirty, or read and to be reset.
-const DIRTY: u32 = 1;
-const RESET: u32 = 2;
+pub(crate) const DIRTY: u32 = 1;
+/// See [`DIRTY`].
+pub(crate) const RESET: u32 = 2;
 const _: () = assert!(kvm_bindings::KVM_DIRTY_GFN_F_MASK == DIRTY | RESET);
 
 /// Name of the capability, for errors.
@@ -118,12 +119,59 @@ pub struct DirtyEntry {
     pub page: u64,
 }
 
+/// The words of an entry: std's atomics in memory that KVM shares, or those of a model.
+pub(crate) trait Words {
+    /// The flags.
+    fn flags(&self, order: Ordering) -> u32;
+    /// Changes the flags.
+    fn set_flags(&self, flags: u32, order: Ordering);
+    /// The memslot's number, in no order of its own.
+    fn slot(&self) -> u32;
+    /// The page, in no order of its own.
+    fn page(&self) -> u64;
+}
+
 /// An entry in shared memory, as `kvm_dirty_gfn`.
 #[repr(C)]
 struct Entry {
     flags: AtomicU32,
     slot: AtomicU32,
     offset: AtomicU64,
+}
+
+impl Words for Entry {
+    fn flags(&self, order: Ordering) -> u32 {
+        self.flags.load(order)
+    }
+
+    fn set_flags(&self, flags: u32, order: Ordering) {
+        self.flags.store(flags, order);
+    }
+
+    fn slot(&self) -> u32 {
+        self.slot.load(Ordering::Relaxed)
+    }
+
+    fn page(&self) -> u64 {
+        self.offset.load(Ordering::Relaxed)
+    }
+}
+
+/// Whether `entry` is dirty and was not taken.
+pub(crate) fn is_dirty(entry: &impl Words) -> bool {
+    entry.flags(Ordering::Acquire) & DIRTY != 0
+}
+
+/// Takes `entry` if it is dirty: from then on it is KVM's to be reset. The order is checked by a model (`kvm_ring`).
+pub(crate) fn take(entry: &impl Words) -> Option<DirtyEntry> {
+    if !is_dirty(entry) {
+        return None;
+    }
+    // KVM does not touch an entry between its two hand-overs, so these are the values that came with the flag. Read
+    // before RESET is stored: from then on it may be another entry's.
+    let taken = DirtyEntry { slot: entry.slot(), page: entry.page() };
+    entry.set_flags(RESET, Ordering::Release);
+    Some(taken)
 }
 
 const _: () = assert!(size_of::<Entry>() == size_of::<kvm_dirty_gfn>());
@@ -200,22 +248,15 @@ impl Ring {
     /// Whether at least `entries` are waiting to be taken. It looks at one of them.
     pub fn holds(&self, entries: u32) -> bool {
         let last = self.next.wrapping_add(entries.wrapping_sub(1));
-        entries <= self.len && self.entry(last).flags.load(Ordering::Acquire) & DIRTY != 0
+        entries <= self.len && is_dirty(self.entry(last))
     }
 
     /// Takes the oldest dirty entry that was not taken yet. Its page can be written without another entry
     /// until the next [`reset`] of the rings, and its place is occupied until then.
     pub fn take(&mut self) -> Option<DirtyEntry> {
-        let entry = self.entry(self.next);
-        if entry.flags.load(Ordering::Acquire) & DIRTY == 0 {
-            return None;
-        }
-        // KVM does not touch an entry between its two hand-overs, so these are the values that came with the
-        // flag. Read before RESET is stored: from then on it may be another entry's.
-        let (slot, page) = (entry.slot.load(Ordering::Relaxed), entry.offset.load(Ordering::Relaxed));
-        entry.flags.store(RESET, Ordering::Release);
-        self.next = self.next.wrapping_add(1);
-        Some(DirtyEntry { slot, page })
+        let taken = take(self.entry(self.next));
+        self.next = self.next.wrapping_add(u32::from(taken.is_some()));
+        taken
     }
 }
 

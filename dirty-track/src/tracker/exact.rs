@@ -30,9 +30,10 @@ use kvm_ioctls::VmFd;
 
 use crate::addr::PageSize;
 use crate::bitmap::{self, PAGES_PER_WORD};
+use crate::tracker::change::{Change, Tracked, carry};
 use crate::tracker::harvest::OwedSet;
-use crate::tracker::uffd_async::{AsyncLayer, UffdWp, guarantees};
-use crate::tracker::wp_slot::masks;
+use crate::tracker::uffd_async::{AsyncLayer, HostWrites, UffdWp, guarantees};
+use crate::tracker::wp_slot::{WpSlot, masks};
 use crate::tracker::{Guarantees, Harvest, Kind, KvmManual, Slot, Tracker, TrackerError};
 
 const NAME: &str = Kind::Exact.name();
@@ -58,19 +59,43 @@ impl Exact {
     /// # Errors
     /// Those of [`KvmManual::new`] and of [`UffdAsync::new`](super::UffdAsync::new).
     pub fn new(vm: Arc<VmFd>, slots: Vec<Slot>) -> Result<Exact, TrackerError> {
-        let wp = AsyncLayer::open(slots.clone())?;
+        let wp = AsyncLayer::open(slots.clone(), HostWrites::Elsewhere)?;
         let log = KvmManual::new(vm, slots)?;
-        let late: Vec<_> = wp.slots().iter().map(|slot| vec![0; slot.words()]).collect();
-        let words = late.iter().map(Vec::len).max().unwrap_or(0);
-        Ok(Exact {
-            seen: wp.owed_set(),
-            owed: wp.owed_set(),
-            late,
-            log_words: vec![0; words],
-            wp,
-            log,
-            log_armed: false,
+        let late = wp.slots().iter().map(|slot| vec![0; slot.words()]).collect();
+        let (seen, owed) = (wp.owed_set(), wp.owed_set());
+        let mut exact = Exact { seen, owed, late, log_words: Vec::new(), wp, log, log_armed: false };
+        exact.make_room();
+        Ok(exact)
+    }
+
+    fn make_room(&mut self) {
+        let words = self.late.iter().map(Vec::len).max().unwrap_or(0);
+        self.log_words.resize(words, 0);
+    }
+
+    /// Has both track `slots`, in the order that leaves no trace of reads, as when arming; or neither, if one cannot.
+    fn gain(&mut self, slots: &[Slot]) -> Result<(), TrackerError> {
+        let before = self.log.slots().to_vec();
+        let outcome = self.log.set_slots(slots.to_vec()).and_then(|()| {
+            self.wp.set_slots(WpSlot::all(slots.to_vec())?)?;
+            self.forget_reads(&before)
+        });
+        outcome.inspect_err(|_| {
+            // Both let go of what they had gained. If that fails too, the first error is the one to know.
+            let _ = WpSlot::all(before.clone()).and_then(|slots| self.wp.set_slots(slots));
+            let _ = self.log.set_slots(before);
         })
+    }
+
+    /// Throws away what the log has of the pages that are tracked now and were not `before`, but for what the host has
+    /// marked: that is owed, and the next harvest protects it.
+    fn forget_reads(&mut self, before: &[Slot]) -> Result<(), TrackerError> {
+        let change = Change::new(before, self.log.slots().to_vec())?;
+        let mut harvest = self.log.harvest()?;
+        for (slot, pages) in change.gained() {
+            harvest.discard_guests(slot, pages);
+        }
+        Ok(())
     }
 
     fn arm_both(&mut self) -> Result<(), TrackerError> {
@@ -134,9 +159,12 @@ impl Tracker for Exact {
         }
         // Should anything fail from here on: what protection has yielded stays in `seen`, and what the log has
         // stays with the log's own tracker until it is committed.
-        self.wp.collect(&mut self.seen, false)?;
+        self.wp.collect(&mut self.seen)?;
         let harvest = self.log.harvest()?;
-        for (index, log) in harvest.slots().iter().enumerate() {
+        // By number: the log may have slots besides that it could not be made to let go.
+        let log_of = |id: u32| harvest.slots().iter().find(|log| log.id() == id);
+        for index in 0..self.wp.slots().len() {
+            let Some(log) = log_of(self.wp.slots()[index].id()) else { continue };
             // What the host has marked and protection has not seen: dropped, or written through another mapping.
             let seen = self.seen.slot(index).words();
             for (word, &marked) in log.host_words().iter().enumerate() {
@@ -147,8 +175,8 @@ impl Tracker for Exact {
                 }
             }
         }
-        for (index, log) in harvest.slots().iter().enumerate() {
-            let slot = &self.wp.slots()[index];
+        for (index, slot) in self.wp.slots().iter().enumerate() {
+            let Some(log) = log_of(slot.id()) else { continue };
             let logged: &[u64] = if slot.page() == PageSize::K4 {
                 log.words()
             } else {
@@ -174,6 +202,29 @@ impl Tracker for Exact {
         harvest.commit();
         self.seen.clear();
         Ok(self.owed.lend())
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        let before = self.wp.slots().to_vec();
+        let next = WpSlot::all(slots)?;
+        let mut outcome = Ok(());
+        if self.log_armed {
+            // First all that both lists have, then what is to stay of it.
+            let both: Vec<_> = Change::new(&before, next.clone())?.slots();
+            self.gain(&both.iter().map(|slot| slot.slot().clone()).collect::<Vec<_>>())?;
+            outcome = self.wp.set_slots(next);
+            let left = self.wp.slots().iter().map(|slot| slot.slot().clone()).collect();
+            outcome = outcome.and(self.log.set_slots(left));
+        } else {
+            self.log.set_slots(next.iter().map(|slot| slot.slot().clone()).collect())?;
+            self.wp.set_slots(next)?;
+        }
+        let now = self.wp.slots();
+        self.seen.set_slots(now.iter().map(WpSlot::slot));
+        self.owed.set_slots(now.iter().map(WpSlot::slot));
+        carry(&before, now, &mut self.late, |slot| vec![0; slot.words()]);
+        self.make_room();
+        outcome
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {

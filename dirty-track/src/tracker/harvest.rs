@@ -9,12 +9,16 @@ use std::ops::Range;
 use crate::addr::{Gfn, PageRange};
 use crate::bitmap::{self, PAGES_PER_WORD};
 use crate::tracker::Slot;
+use crate::tracker::chosen::Chosen;
+use crate::tracker::wp_slot::masks;
 
 /// The dirty pages of one slot.
 #[derive(Debug)]
 pub struct SlotSet {
     id: u32,
     frames: PageRange,
+    /// No others are ever added.
+    chosen: Chosen,
     words: Vec<u64>,
     host: Vec<u64>,
     /// The words that may have pages, here and in the sets below: all others are clean. Most epochs dirty a small
@@ -33,6 +37,7 @@ impl SlotSet {
         SlotSet {
             id: slot.id(),
             frames: slot.frames(),
+            chosen: slot.chosen().clone(),
             words: clean(),
             host: clean(),
             touched: 0..0,
@@ -121,7 +126,7 @@ impl SlotSet {
     /// Adds the pages of `bits` in word number `word`.
     pub(crate) fn add(&mut self, word: usize, bits: u64) {
         self.touch(word);
-        self.words[word] |= bits;
+        self.words[word] |= bits & self.chosen.bits(word);
     }
 
     /// Adds every page of the slot.
@@ -132,10 +137,20 @@ impl SlotSet {
         if let Some(last) = self.words.last_mut() {
             *last >>= beyond;
         }
+        self.chosen.mask(&mut self.words);
+    }
+
+    /// Reports the pages of `chosen` from now on, and forgets others.
+    fn choose(&mut self, chosen: &Chosen) {
+        for word in self.touched.clone() {
+            self.remove(word, !chosen.bits(word));
+        }
+        self.chosen = chosen.clone();
     }
 
     /// Adds the pages of `bits` in word number `word`, as written by the host.
     pub(crate) fn add_host(&mut self, word: usize, bits: u64) {
+        let bits = bits & self.chosen.bits(word);
         self.touch(word);
         self.words[word] |= bits;
         self.host[word] |= bits;
@@ -146,6 +161,7 @@ impl SlotSet {
 
     /// Adds the pages of `bits` in word number `word`, as coarse unless they are owed already.
     pub(crate) fn add_coarse(&mut self, word: usize, bits: u64) {
+        let bits = bits & self.chosen.bits(word);
         self.touch(word);
         if let Some(coarse) = self.coarse.get_mut(word) {
             *coarse |= bits & !self.words[word];
@@ -168,7 +184,7 @@ impl SlotSet {
         }
     }
 
-    /// To add pages that vCPU number `vcpu` wrote.
+    /// To add pages that vCPU number `vcpu` wrote, chosen or not.
     pub(crate) fn marks_of(&mut self, vcpu: usize) -> VcpuMarks<'_> {
         self.touch_all();
         let by_vcpu = self.by_vcpu.get_mut(vcpu).map_or(&mut [][..], Vec::as_mut_slice);
@@ -183,7 +199,7 @@ impl SlotSet {
         }
     }
 
-    /// Moves what `other`, a set of the same slot, has to this one.
+    /// Moves what `other`, a set of the same slot, has to this one; pages that are not chosen here are dropped.
     fn absorb(&mut self, other: &mut SlotSet) {
         self.tell_apart(other.by_vcpu.len());
         if other.touched.is_empty() {
@@ -193,10 +209,11 @@ impl SlotSet {
         self.touch(other.touched.end - 1);
         other.touched = 0..0;
         for (index, bits) in other.words.iter_mut().enumerate().filter(|(_, bits)| **bits != 0) {
-            self.words[index] |= std::mem::take(bits);
-            self.host[index] |= std::mem::take(&mut other.host[index]);
+            let chosen = self.chosen.bits(index);
+            self.words[index] |= std::mem::take(bits) & chosen;
+            self.host[index] |= std::mem::take(&mut other.host[index]) & chosen;
             for (to, from) in self.by_vcpu.iter_mut().zip(&mut other.by_vcpu) {
-                to[index] |= std::mem::take(&mut from[index]);
+                to[index] |= std::mem::take(&mut from[index]) & chosen;
             }
         }
     }
@@ -248,12 +265,29 @@ pub(crate) struct OwedSet {
 
 impl OwedSet {
     /// An empty set over `slots`, which are in the order of their addresses.
-    pub(crate) fn new(slots: &[Slot]) -> OwedSet {
-        OwedSet { slots: slots.iter().map(SlotSet::new).collect() }
+    pub(crate) fn new<'a>(slots: impl IntoIterator<Item = &'a Slot>) -> OwedSet {
+        OwedSet { slots: slots.into_iter().map(SlotSet::new).collect() }
     }
 
     pub(crate) fn slot(&mut self, index: usize) -> &mut SlotSet {
         &mut self.slots[index]
+    }
+
+    /// Becomes a set over `slots`. What it has of a slot that stays it keeps, as far as it is still chosen.
+    pub(crate) fn set_slots<'a>(&mut self, slots: impl IntoIterator<Item = &'a Slot>) {
+        let mut old = std::mem::take(&mut self.slots);
+        for slot in slots {
+            let same = |set: &SlotSet| set.id == slot.id() && set.frames == slot.frames();
+            let set = match old.iter().position(same) {
+                Some(at) => {
+                    let mut set = old.swap_remove(at);
+                    set.choose(slot.chosen());
+                    set
+                }
+                None => SlotSet::new(slot),
+            };
+            self.slots.push(set);
+        }
     }
 
     /// Makes room for coarse pages in all slots.
@@ -408,6 +442,12 @@ impl Harvest<'_> {
         let was_dirty = slot.words[word] & bit != 0;
         slot.remove(word, bit);
         was_dirty
+    }
+
+    /// Takes those of `pages` of `slot` out of the set that the host has not written.
+    pub(crate) fn discard_guests(&mut self, slot: &Slot, pages: Range<usize>) {
+        let Some(set) = self.owed.slots.iter_mut().find(|set| set.id == slot.id()) else { return };
+        masks(pages, |word, bits| set.remove(word, bits & !set.host[word]));
     }
 
     /// Slot index, word number and bit of `gfn`.

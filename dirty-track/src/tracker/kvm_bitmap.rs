@@ -39,7 +39,7 @@ impl KvmBitmap {
     /// [`TrackerError::BadSlot`].
     pub fn new(vm: Arc<VmFd>, slots: Vec<Slot>) -> Result<KvmBitmap, TrackerError> {
         let slots = Slot::sorted(slots)?;
-        let log = KvmLog::new(&vm, &slots, 0);
+        let log = KvmLog::new(&vm, 0);
         Ok(KvmBitmap { logged: Logged::new(log, Protocol::ClearedByGet, slots) })
     }
 }
@@ -59,6 +59,10 @@ impl Tracker for KvmBitmap {
 
     fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
         self.logged.harvest()
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.logged.set_slots(Slot::sorted(slots)?)
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {

@@ -49,7 +49,7 @@ impl KvmManual {
             return Err(TrackerError::Unsupported { capability: kvm::MANUAL_PROTECT, tracker: NAME });
         }
         let initially_set = mode & kvm::INITIALLY_SET != 0;
-        let log = KvmLog::new(&vm, &slots, mode);
+        let log = KvmLog::new(&vm, mode);
         Ok(KvmManual { logged: Logged::new(log, Protocol::Manual { initially_set }, slots), initially_set })
     }
 
@@ -70,6 +70,11 @@ impl KvmManual {
     /// coarse in the next harvest. 0 under [`Rearm::All`].
     pub fn open_blocks(&self) -> usize {
         self.logged.open_blocks()
+    }
+
+    /// The slots that are tracked.
+    pub(crate) fn slots(&self) -> &[Slot] {
+        self.logged.slots()
     }
 
     /// Whether the host has KVM_DIRTY_LOG_INITIALLY_SET (Linux 5.7), which makes arming cheap.
@@ -93,6 +98,10 @@ impl Tracker for KvmManual {
 
     fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
         self.logged.harvest()
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.logged.set_slots(Slot::sorted(slots)?)
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {

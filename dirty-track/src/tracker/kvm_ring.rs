@@ -149,7 +149,7 @@ impl KvmRing {
         let slots = Slot::sorted(slots)?;
         // Manual mode with INITIALLY_SET relies on a bitmap that a VM with rings does not have: it would leave
         // every page writable and unreported.
-        let log = KvmLog::new(&rings.vm, &slots, 0);
+        let log = KvmLog::new(&rings.vm, 0);
         Ok(KvmRing { with_reaper: true, reaper: None, ringed: Ringed::new(log, slots), rings: rings.clone() })
     }
 
@@ -185,6 +185,10 @@ impl Tracker for KvmRing {
     fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
         self.ringed.collect(&mut lock(&self.rings.collector))?;
         Ok(self.ringed.hand_out())
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.ringed.set_slots(&mut lock(&self.rings.collector), Slot::sorted(slots)?)
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {
@@ -272,5 +276,7 @@ impl Drop for Reaper {
     }
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

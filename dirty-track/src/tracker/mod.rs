@@ -7,13 +7,16 @@
 //!   so whoever copies it afterwards has either the newest contents or a promise that the page is in the next
 //!   harvest. The API has no other order: pages come out of a harvest, and a harvest is made by protecting.
 //! - A harvest is a transaction; see [`Harvest`].
-//! - A tracker may be armed, harvested and disarmed at any time, while vCPUs run.
+//! - A tracker may be armed, harvested and disarmed at any time, while vCPUs run, and its slots may be
+//!   [changed](Tracker::set_slots).
 //! - What a tracker does not see, or sees only coarsely, it says in its [`Guarantees`].
 //!
 //! # Adding a tracker
 //! The policy (what is owed, what is cleared when) is kept apart from the mechanism (the ioctls), so that it
 //! can be held against a model without KVM; the private module `dirty_log` shows the pattern.
 
+mod change;
+mod chosen;
 mod dirty_log;
 pub mod exact;
 pub(crate) mod harvest;
@@ -22,6 +25,8 @@ pub mod kvm_bitmap;
 pub mod kvm_manual;
 pub mod kvm_ring;
 pub mod none;
+#[cfg(test)]
+mod sim;
 mod slot;
 pub mod uffd_async;
 pub mod uffd_sync;
@@ -39,7 +44,7 @@ pub use uffd_async::UffdAsync;
 pub use uffd_sync::UffdSync;
 use vmm_sys_util::errno;
 
-use crate::addr::PageSize;
+use crate::addr::{PageRange, PageSize};
 use crate::sys::uffd::UffdError;
 
 /// A way of knowing which pages of a virtual machine were written.
@@ -67,6 +72,26 @@ pub trait Tracker: Send {
     /// [`TrackerError::NotArmed`], or what the host refused. No page is lost: those that had already been
     /// collected are in the next harvest that succeeds.
     fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError>;
+
+    /// Changes which memslots, and which [pages](Slot::choose) of them, are tracked; armed or not, while vCPUs run.
+    ///
+    /// Armed, it begins to track what is new before it returns: a write to it from then on is in a later harvest,
+    /// what was written before is not owed (but may be reported once), so whoever keeps a copy makes one of it
+    /// afterwards, as after [`arm`](Tracker::arm). What is not in `slots` any more is forgotten, and what was owed of
+    /// it. The slots that stay go on as if nothing had happened. A slot stays when it is the same memslot of the same
+    /// region, whichever of its pages are tracked.
+    ///
+    /// **With KVM it goes in this order:** a slot is registered first and then given to the tracker; a slot is taken
+    /// from the tracker first and then deleted. So a slot that takes the number, the guest addresses or the memory of
+    /// another one comes in a second call. (A tracker that ends to log a slot that was deleted already would
+    /// register it again.)
+    ///
+    /// # Errors
+    /// [`TrackerError::BadSlot`] and [`TrackerError::BadRange`]: nothing has changed. What the host refused: when it
+    /// is something about beginning to track, nothing has changed either; when it is about ending it
+    /// ([`SetLogging`](TrackerError::SetLogging) or [`Register`](TrackerError::Register) with `on: false`), the change
+    /// is made, but what could not be let go is tracked on. The tracker stays armed and loses nothing in either case.
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError>;
 
     /// Stops tracking, and forgets every page not yet committed.
     ///
@@ -112,6 +137,14 @@ pub enum TrackerError {
     BadSlot {
         /// The memslot's number.
         id: u32,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A range of pages that cannot be tracked.
+    #[error("the pages {range} (first frame and number) cannot be tracked: {why}")]
+    BadRange {
+        /// The range.
+        range: PageRange,
         /// What is wrong with it.
         why: &'static str,
     },

@@ -45,6 +45,11 @@ impl Tracker for Untracked {
         Ok(self.owed.lend())
     }
 
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.owed.set_slots(&Slot::sorted(slots)?);
+        Ok(())
+    }
+
     fn disarm(&mut self) -> Result<(), TrackerError> {
         if !self.armed {
             return Err(TrackerError::NotArmed);

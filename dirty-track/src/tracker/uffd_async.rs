@@ -39,6 +39,7 @@ use crate::addr::{PAGE_SHIFT, PageSize};
 use crate::bitmap;
 use crate::sys::pagemap::{Found, Pagemap};
 use crate::sys::uffd::{Mode, Uffd};
+use crate::tracker::change::{Change, Tracked};
 use crate::tracker::harvest::{OwedSet, SlotSet};
 use crate::tracker::wp_slot::{WpSlot, masks};
 use crate::tracker::{Backing, Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
@@ -63,7 +64,7 @@ impl UffdAsync {
     /// [`TrackerError::Userfaultfd`] when the host has none, none that can do it (Linux 6.7), or none for this user;
     /// [`TrackerError::BadSlot`]; [`TrackerError::Pagemap`].
     pub fn new(slots: Vec<Slot>) -> Result<UffdAsync, TrackerError> {
-        let layer = AsyncLayer::open(slots)?;
+        let layer = AsyncLayer::open(slots, HostWrites::Reported)?;
         let owed = layer.owed_set();
         Ok(UffdAsync { layer, owed })
     }
@@ -79,31 +80,24 @@ impl Tracker for UffdAsync {
     }
 
     fn arm(&mut self) -> Result<(), TrackerError> {
-        if self.layer.armed() {
-            return Err(TrackerError::AlreadyArmed);
-        }
-        self.layer.slots().iter().for_each(|slot| slot.slot().host_writes().start());
-        self.layer.arm().inspect_err(|_| self.layer.stop_host_writes())
+        self.layer.arm()
     }
 
     fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
-        self.layer.collect(&mut self.owed, true)?;
+        self.layer.collect(&mut self.owed)?;
         Ok(self.owed.lend())
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        let outcome = self.layer.set_slots(WpSlot::all(slots)?);
+        self.owed.set_slots(self.layer.slots().iter().map(WpSlot::slot));
+        outcome
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {
         self.layer.disarm()?;
-        self.layer.stop_host_writes();
         self.owed.clear();
         Ok(())
-    }
-}
-
-impl Drop for UffdAsync {
-    fn drop(&mut self) {
-        if self.layer.armed() {
-            self.layer.stop_host_writes();
-        }
     }
 }
 
@@ -117,21 +111,20 @@ pub(crate) fn guarantees(kind: Kind, slots: &[WpSlot]) -> Guarantees {
     })
 }
 
-/// Protection that is lifted by writes alone: the mechanism. Slots are named by their index, pages are counted from
-/// the slot's start.
+/// Protection that is lifted by writes alone: the mechanism. Pages are counted from the slot's start.
 pub(crate) trait AsyncWp: Send {
-    /// Makes a slot one whose pages can be protected. None is, yet.
-    fn register(&mut self, slot: usize) -> Result<(), errno::Error>;
+    /// Makes `pages` ones that can be protected. None is, yet.
+    fn register(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
     /// Undoes that, and lifts all protection.
-    fn unregister(&mut self, slot: usize) -> Result<(), errno::Error>;
+    fn unregister(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
     /// Protects `pages`.
-    fn protect(&mut self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error>;
-    /// Pushes runs of unprotected pages from page `from` on to `found`, ascending, as far as it has capacity, and
-    /// returns the page to go on from. It may hand out pages that it has handed out before.
+    fn protect(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
+    /// Pushes runs of unprotected pages of `pages` to `found`, ascending, as far as it has capacity, and returns the
+    /// page to go on from. It may hand out pages that it has handed out before.
     fn written(
         &mut self,
-        slot: usize,
-        from: usize,
+        slot: &WpSlot,
+        pages: Range<usize>,
         found: &mut Vec<Range<usize>>,
     ) -> Result<usize, errno::Error>;
 }
@@ -141,35 +134,33 @@ pub(crate) trait AsyncWp: Send {
 pub(crate) struct UffdWp {
     uffd: Uffd,
     pagemap: Pagemap,
-    slots: Vec<WpSlot>,
     found: Box<[Found]>,
 }
 
 impl AsyncWp for UffdWp {
-    fn register(&mut self, slot: usize) -> Result<(), errno::Error> {
-        let slot = self.slots[slot].slot();
-        self.uffd.register(slot.hva(), slot.len())
+    fn register(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        let (start, len) = slot.addresses(&pages);
+        self.uffd.register(start, len)
     }
 
-    fn unregister(&mut self, slot: usize) -> Result<(), errno::Error> {
-        let slot = self.slots[slot].slot();
-        self.uffd.unregister(slot.hva(), slot.len())
+    fn unregister(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        let (start, len) = slot.addresses(&pages);
+        self.uffd.unregister(start, len)
     }
 
-    fn protect(&mut self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
-        protect(&self.uffd, &self.slots[slot], pages)
+    fn protect(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        protect(&self.uffd, slot, pages)
     }
 
     fn written(
         &mut self,
-        slot: usize,
-        from: usize,
+        slot: &WpSlot,
+        pages: Range<usize>,
         found: &mut Vec<Range<usize>>,
     ) -> Result<usize, errno::Error> {
-        let slot = &self.slots[slot];
         let room = self.found.len().min(found.capacity() - found.len());
-        let end = slot.hva(slot.pages());
-        let (runs, next) = self.pagemap.written(slot.hva(from), end, &mut self.found[..room])?;
+        let (start, end) = (slot.hva(pages.start), slot.hva(pages.end));
+        let (runs, next) = self.pagemap.written(start, end, &mut self.found[..room])?;
         found.extend(self.found[..runs].iter().map(|run| slot.pages_at(run.addresses())));
         Ok(slot.pages_at(next..next).start)
     }
@@ -181,7 +172,7 @@ const PATIENCE: usize = 1000;
 /// Protects `pages` of `slot`, in pieces.
 pub(crate) fn protect(uffd: &Uffd, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
     for piece in slot.chunks(pages) {
-        let (start, len) = (slot.hva(piece.start), (piece.len() as u64) << PAGE_SHIFT);
+        let (start, len) = slot.addresses(&piece);
         let mut tries = 0;
         while let Err(error) = uffd.protect(start, len) {
             tries += 1;
@@ -194,11 +185,21 @@ pub(crate) fn protect(uffd: &Uffd, slot: &WpSlot, pages: Range<usize>) -> Result
     Ok(())
 }
 
+/// Who deals with what the host has marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum HostWrites {
+    /// The layer: it is reported, and protected again.
+    Reported,
+    /// Somebody else.
+    Elsewhere,
+}
+
 /// The policy: what is protected when, and what is noted before.
 #[derive(Debug)]
 pub(crate) struct AsyncLayer<W: AsyncWp> {
     wp: W,
     slots: Vec<WpSlot>,
+    host_writes: HostWrites,
     /// Runs of one look, never grown.
     batch: Vec<Range<usize>>,
     /// Pages of one slot that the host wrote and that no look has found; all zero between harvests.
@@ -208,39 +209,54 @@ pub(crate) struct AsyncLayer<W: AsyncWp> {
 
 impl AsyncLayer<UffdWp> {
     /// The kernel's, over `slots`.
-    pub(crate) fn open(slots: Vec<Slot>) -> Result<AsyncLayer<UffdWp>, TrackerError> {
+    pub(crate) fn open(
+        slots: Vec<Slot>,
+        host_writes: HostWrites,
+    ) -> Result<AsyncLayer<UffdWp>, TrackerError> {
         let slots = WpSlot::all(slots)?;
         let wp = UffdWp {
             uffd: Uffd::open(Mode::Async)?,
             pagemap: Pagemap::open().map_err(TrackerError::Pagemap)?,
-            slots: slots.clone(),
             found: vec![Found::NOTHING; BATCH].into(),
         };
-        Ok(AsyncLayer::new(wp, slots))
+        Ok(AsyncLayer::new(wp, slots, host_writes))
     }
 }
 
 impl<W: AsyncWp> AsyncLayer<W> {
-    pub(crate) fn new(wp: W, slots: Vec<WpSlot>) -> AsyncLayer<W> {
-        let words = slots.iter().map(WpSlot::words).max().unwrap_or(0);
-        AsyncLayer { wp, slots, batch: Vec::with_capacity(BATCH), marks: vec![0; words], armed: false }
+    pub(crate) fn new(wp: W, slots: Vec<WpSlot>, host_writes: HostWrites) -> AsyncLayer<W> {
+        let batch = Vec::with_capacity(BATCH);
+        let mut layer =
+            AsyncLayer { wp, slots: Vec::new(), host_writes, batch, marks: Vec::new(), armed: false };
+        layer.adopt(slots);
+        layer
     }
 
+    /// Those that are tracked, in the order of their addresses.
     pub(crate) fn slots(&self) -> &[WpSlot] {
         &self.slots
     }
 
     pub(crate) fn owed_set(&self) -> OwedSet {
-        let slots: Vec<_> = self.slots.iter().map(|slot| slot.slot().clone()).collect();
-        OwedSet::new(&slots)
+        OwedSet::new(self.slots.iter().map(WpSlot::slot))
     }
 
     pub(crate) fn armed(&self) -> bool {
         self.armed
     }
 
-    pub(crate) fn stop_host_writes(&self) {
-        self.slots.iter().for_each(|slot| slot.slot().host_writes().stop());
+    fn record_host_writes<'a>(&self, slots: impl IntoIterator<Item = &'a WpSlot>, on: bool) {
+        if self.host_writes == HostWrites::Elsewhere {
+            return;
+        }
+        let records = slots.into_iter().map(|slot| slot.slot().host_writes());
+        records.for_each(|record| if on { record.start() } else { record.stop() });
+    }
+
+    fn adopt(&mut self, slots: Vec<WpSlot>) {
+        let words = slots.iter().map(WpSlot::words).max().unwrap_or(0);
+        self.marks.resize(words.max(self.marks.len()), 0);
+        self.slots = slots;
     }
 
     /// Protects everything.
@@ -248,31 +264,62 @@ impl<W: AsyncWp> AsyncLayer<W> {
         if self.armed {
             return Err(TrackerError::AlreadyArmed);
         }
-        for index in 0..self.slots.len() {
-            let all = 0..self.slots[index].pages();
-            let outcome = self
-                .wp
-                .register(index)
-                .map_err(|source| TrackerError::Register { slot: self.slots[index].id(), on: true, source })
-                .and_then(|()| self.protect(index, all));
-            if let Err(error) = outcome {
-                // What was registered is so no more. If that fails too, the first error is the one to know.
-                let _ = self.unregister(index + 1);
-                return Err(error);
-            }
-        }
+        self.gain(&Change::new(&[], self.slots.clone())?)?;
         self.armed = true;
         Ok(())
     }
 
-    /// Adds the pages that were written to `owed`, and those that the host has marked (`host_writes`), all of them
-    /// protected again.
-    pub(crate) fn collect(&mut self, owed: &mut OwedSet, host_writes: bool) -> Result<(), TrackerError> {
+    /// See [`Tracker::set_slots`]. `slots` are in the order of their addresses.
+    pub(crate) fn set_slots(&mut self, slots: Vec<WpSlot>) -> Result<(), TrackerError> {
+        if !self.armed {
+            self.adopt(slots);
+            return Ok(());
+        }
+        let mut change = Change::new(&self.slots, slots)?;
+        self.gain(&change)?;
+        let outcome = change.let_go(|slot, pages| self.end(slot, pages));
+        let left = change.slots();
+        let gone = self.slots.iter().filter(|old| !left.iter().any(|slot| slot.slot().is(old.slot())));
+        self.record_host_writes(gone, false);
+        self.adopt(left);
+        outcome
+    }
+
+    /// Begins to protect all that `change` gains, or nothing of it.
+    fn gain(&mut self, change: &Change<WpSlot>) -> Result<(), TrackerError> {
+        let new = || change.steps().iter().filter(|step| step.new).map(|step| &step.slot);
+        self.record_host_writes(new(), true);
+        for (number, (slot, pages)) in change.gained().enumerate() {
+            if let Err(error) = self.begin(slot, pages) {
+                // What was registered is so no more. If that fails too, the first error is the one to know.
+                change.gained().take(number).for_each(|(slot, pages)| drop(self.end(slot, pages)));
+                self.record_host_writes(new(), false);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Registers and protects `pages`, or nothing.
+    fn begin(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), TrackerError> {
+        let registered = self.wp.register(slot, pages.clone());
+        registered.map_err(|source| TrackerError::Register { slot: slot.id(), on: true, source })?;
+        protect_noted(&mut self.wp, slot, pages.clone()).inspect_err(|_| drop(self.end(slot, pages)))
+    }
+
+    fn end(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), TrackerError> {
+        let outcome = self.wp.unregister(slot, pages);
+        outcome.map_err(|source| TrackerError::Register { slot: slot.id(), on: false, source })
+    }
+
+    /// Adds the pages that were written to `owed`, and those that the host has marked, all of them protected again.
+    pub(crate) fn collect(&mut self, owed: &mut OwedSet) -> Result<(), TrackerError> {
         if !self.armed {
             return Err(TrackerError::NotArmed);
         }
         for index in 0..self.slots.len() {
-            let marked = host_writes && self.take_marks(index, owed.slot(index));
+            let reported = self.host_writes == HostWrites::Reported;
+            let marked = reported && self.take_marks(index, owed.slot(index));
             // What is marked and was not found lost its protection in another way, or was written by another one.
             let outcome = self
                 .collect_slot(index, owed.slot(index))
@@ -297,40 +344,37 @@ impl<W: AsyncWp> AsyncLayer<W> {
     }
 
     fn collect_slot(&mut self, index: usize, owed: &mut SlotSet) -> Result<(), TrackerError> {
-        let (id, pages) = (self.slots[index].id(), self.slots[index].pages());
-        let mut from = 0;
-        while from < pages {
-            self.batch.clear();
-            let next = self
-                .wp
-                .written(index, from, &mut self.batch)
-                .map_err(|source| TrackerError::Scan { slot: id, first: from, source })?;
-            // Noted before it is protected: should that fail, nothing is lost.
-            for run in &self.batch {
-                masks(run.clone(), |word, bits| {
-                    owed.add(word, bits);
-                    self.marks[word] &= !bits;
-                });
+        let AsyncLayer { wp, slots, batch, marks, .. } = self;
+        let slot = &slots[index];
+        for range in slot.slot().chosen().ranges() {
+            let mut from = range.start;
+            while from < range.end {
+                batch.clear();
+                let failed = |source| TrackerError::Scan { slot: slot.id(), first: from, source };
+                let next = wp.written(slot, from..range.end, batch).map_err(failed)?;
+                // Noted before it is protected: should that fail, nothing is lost.
+                for run in &*batch {
+                    masks(run.clone(), |word, bits| {
+                        owed.add(word, bits);
+                        marks[word] &= !bits;
+                    });
+                }
+                for run in &*batch {
+                    protect_noted(wp, slot, run.clone())?;
+                }
+                if next <= from {
+                    // It never was; but rather an error than a monitor that hangs.
+                    return Err(failed(errno::Error::new(libc::EPROTO)));
+                }
+                from = next;
             }
-            for run in 0..self.batch.len() {
-                self.protect(index, self.batch[run].clone())?;
-            }
-            if next <= from {
-                // It never was; but rather an error than a monitor that hangs.
-                let source = errno::Error::new(libc::EPROTO);
-                return Err(TrackerError::Scan { slot: id, first: from, source });
-            }
-            from = next;
         }
         Ok(())
     }
 
     fn protect_marks(&mut self, index: usize) -> Result<(), TrackerError> {
-        let marks = std::mem::take(&mut self.marks);
-        let words = self.slots[index].words();
-        let outcome = bitmap::runs(&marks[..words]).try_for_each(|run| self.protect(index, run));
-        self.marks = marks;
-        outcome
+        let slot = &self.slots[index];
+        bitmap::runs(&self.marks[..slot.words()]).try_for_each(|run| protect_noted(&mut self.wp, slot, run))
     }
 
     /// Empties the marks; when they could not be dealt with, they go back to where they came from.
@@ -347,34 +391,33 @@ impl<W: AsyncWp> AsyncLayer<W> {
 
     /// Protects `pages`, which the caller has noted.
     pub(crate) fn protect(&mut self, index: usize, pages: Range<usize>) -> Result<(), TrackerError> {
-        let (slot, first, count) = (self.slots[index].id(), pages.start, pages.len());
-        self.wp.protect(index, pages).map_err(|source| TrackerError::WriteProtect {
-            slot,
-            first,
-            pages: count,
-            source,
-        })
+        protect_noted(&mut self.wp, &self.slots[index], pages)
     }
 
-    /// Lifts all protection.
+    /// Lifts all protection. A slot that refuses does not keep the others from it.
     pub(crate) fn disarm(&mut self) -> Result<(), TrackerError> {
         if !self.armed {
             return Err(TrackerError::NotArmed);
         }
-        self.unregister(self.slots.len())?;
+        let mut change = Change::new(&self.slots, Vec::new())?;
+        change.let_go(|slot, pages| self.end(slot, pages))?;
+        self.record_host_writes(&self.slots, false);
         self.armed = false;
         Ok(())
     }
+}
 
-    /// Unregisters the first `slots` slots. One that refuses does not keep the others from it.
-    fn unregister(&mut self, slots: usize) -> Result<(), TrackerError> {
-        let mut outcome = Ok(());
-        for (index, slot) in self.slots[..slots].iter().enumerate() {
-            if let Err(source) = self.wp.unregister(index) {
-                outcome = outcome.and(Err(TrackerError::Register { slot: slot.id(), on: false, source }));
-            }
+fn protect_noted(wp: &mut impl AsyncWp, slot: &WpSlot, pages: Range<usize>) -> Result<(), TrackerError> {
+    let (first, count) = (pages.start, pages.len());
+    let failed = |source| TrackerError::WriteProtect { slot: slot.id(), first, pages: count, source };
+    wp.protect(slot, pages).map_err(failed)
+}
+
+impl<W: AsyncWp> Drop for AsyncLayer<W> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.record_host_writes(&self.slots, false);
         }
-        outcome
     }
 }
 

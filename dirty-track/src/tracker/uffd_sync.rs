@@ -35,10 +35,12 @@ use std::time::Duration;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::addr::{PAGE_SHIFT, PageSize};
+use crate::addr::PageSize;
 use crate::bitmap::{self, DirtyBitmap};
 use crate::sys::uffd::{Mode, Uffd, Wait};
-use crate::tracker::harvest::OwedSet;
+use crate::tracker::change::{Change, Tracked, carry};
+use crate::tracker::chosen::Chosen;
+use crate::tracker::harvest::{OwedSet, SlotSet};
 use crate::tracker::uffd_async::{guarantees, protect};
 use crate::tracker::wp_slot::{WpSlot, masks};
 use crate::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
@@ -50,8 +52,6 @@ const NAME: &str = Kind::UffdSync.name();
 pub struct UffdSync {
     record: Arc<Record<KernelWp>>,
     harvester: Harvester,
-    /// The first so many slots are.
-    registered: usize,
     /// While armed.
     handler: Option<Handler>,
 }
@@ -64,60 +64,24 @@ impl UffdSync {
     /// [`TrackerError::BadSlot`].
     pub fn new(slots: Vec<Slot>, unit: PageSize) -> Result<UffdSync, TrackerError> {
         let slots = WpSlot::all(slots)?;
-        let wp = KernelWp { uffd: Uffd::open(Mode::Sync)?, slots: slots.clone() };
-        let harvester = Harvester::new(&slots);
-        Ok(UffdSync {
-            record: Arc::new(Record::new(wp, slots, unit)),
-            harvester,
-            registered: 0,
-            handler: None,
-        })
-    }
-
-    /// Registers and protects everything. The handler runs already.
-    fn protect_all(&mut self) -> Result<(), TrackerError> {
-        let record = Arc::clone(&self.record);
-        for (index, slot) in record.slots.iter().enumerate() {
-            record
-                .wp
-                .uffd
-                .register(slot.slot().hva(), slot.slot().len())
-                .map_err(|source| TrackerError::Register { slot: slot.id(), on: true, source })?;
-            self.registered = index + 1;
-            let pages = slot.pages();
-            record.wp.protect(index, 0..pages).map_err(|source| TrackerError::WriteProtect {
-                slot: slot.id(),
-                first: 0,
-                pages,
-                source,
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Lifts all protection and wakes all who sleep. A slot that refuses does not keep the others from it.
-    fn release(&self) -> Result<(), TrackerError> {
-        let mut outcome = Ok(());
-        for slot in &self.record.slots[..self.registered] {
-            let (start, len) = (slot.slot().hva(), slot.slot().len());
-            if let Err(source) = self.record.wp.uffd.unregister(start, len) {
-                outcome = outcome.and(Err(TrackerError::Register { slot: slot.id(), on: false, source }));
-            }
-            // The kernel does this itself for missing pages only (`userfaultfd_unregister`). It cannot fail for
-            // a range that is not empty.
-            let _ = self.record.wp.uffd.wake(start, len);
-        }
-        outcome
+        let record = Record::new(KernelWp(Uffd::open(Mode::Sync)?), unit);
+        record.set_slots(&slots);
+        Ok(UffdSync { record: Arc::new(record), harvester: Harvester::new(slots), handler: None })
     }
 
     /// Ends what `arm` began, in the order that leaves nobody asleep.
     fn stop(&mut self) -> Result<(), TrackerError> {
-        self.release()?;
-        self.registered = 0;
-        self.record.slots.iter().for_each(|slot| slot.slot().host_writes().stop());
+        let mut all = Change::new(&self.harvester.slots, Vec::new())?;
+        all.let_go(|slot, pages| self.record.end(slot, pages))?;
+        record_host_writes(&self.harvester.slots, false);
         self.handler = None;
         Ok(())
     }
+}
+
+fn record_host_writes<'a>(slots: impl IntoIterator<Item = &'a WpSlot>, on: bool) {
+    let records = slots.into_iter().map(|slot| slot.slot().host_writes());
+    records.for_each(|record| if on { record.start() } else { record.stop() });
 }
 
 impl Tracker for UffdSync {
@@ -126,7 +90,7 @@ impl Tracker for UffdSync {
     }
 
     fn guarantees(&self) -> Guarantees {
-        let guarantees = guarantees(Kind::UffdSync, &self.record.slots);
+        let guarantees = guarantees(Kind::UffdSync, &self.harvester.slots);
         Guarantees { granularity: guarantees.granularity.max(self.record.unit), ..guarantees }
     }
 
@@ -135,12 +99,10 @@ impl Tracker for UffdSync {
             return Err(TrackerError::AlreadyArmed);
         }
         self.record.clear();
-        self.record.slots.iter().for_each(|slot| slot.slot().host_writes().start());
-        self.handler = Some(Handler::start(Arc::clone(&self.record)).map_err(TrackerError::Handler)?);
-        self.protect_all().inspect_err(|_| {
-            // If that fails too, the first error is the one to know; the handler must go on then.
-            let _ = self.stop();
-        })
+        let handler = Handler::start(Arc::clone(&self.record)).map_err(TrackerError::Handler)?;
+        self.record.gain(&Change::new(&[], self.harvester.slots.clone())?)?;
+        self.handler = Some(handler);
+        Ok(())
     }
 
     fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
@@ -149,6 +111,16 @@ impl Tracker for UffdSync {
         }
         self.harvester.collect(&self.record)?;
         Ok(self.harvester.owed.lend())
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        let slots = WpSlot::all(slots)?;
+        if self.handler.is_some() {
+            return self.harvester.set_slots(&self.record, slots);
+        }
+        self.record.set_slots(&slots);
+        self.harvester.adopt(slots);
+        Ok(())
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {
@@ -186,9 +158,9 @@ impl Handler {
         let stopped = stop.try_clone()?;
         let work = move || {
             loop {
-                let outcome = match record.wp.uffd.wait(&stopped) {
+                let outcome = match record.wp.0.wait(&stopped) {
                     Ok(Wait::Stopped) => return,
-                    Ok(Wait::Faults) => record.wp.uffd.fault(),
+                    Ok(Wait::Faults) => record.wp.0.fault(),
                     Err(error) => Err(error),
                 };
                 match outcome {
@@ -213,44 +185,48 @@ impl Drop for Handler {
     }
 }
 
-/// Protection that somebody has to lift: the mechanism. Slots are named by their index, pages are counted from the
-/// slot's start.
+/// Protection that somebody has to lift: the mechanism. Pages are counted from the slot's start.
 trait SyncWp {
+    /// Makes `pages` ones that can be protected. None is, yet.
+    fn register(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
+    /// Undoes that, and lifts all protection. It wakes nobody.
+    fn unregister(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
     /// Protects `pages`.
-    fn protect(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error>;
+    fn protect(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
     /// Lifts the protection of `pages` and wakes who sleeps there.
-    fn open(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error>;
+    fn open(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error>;
     /// Wakes who sleeps at `pages`, to try again.
-    fn wake(&self, slot: usize, pages: Range<usize>);
+    fn wake(&self, slot: &WpSlot, pages: Range<usize>);
 }
 
 /// The kernel's own.
 #[derive(Debug)]
-struct KernelWp {
-    uffd: Uffd,
-    slots: Vec<WpSlot>,
-}
-
-impl KernelWp {
-    fn range(&self, slot: usize, pages: &Range<usize>) -> (u64, u64) {
-        (self.slots[slot].hva(pages.start), (pages.len() as u64) << PAGE_SHIFT)
-    }
-}
+struct KernelWp(Uffd);
 
 impl SyncWp for KernelWp {
-    fn protect(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
-        protect(&self.uffd, &self.slots[slot], pages)
+    fn register(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        let (start, len) = slot.addresses(&pages);
+        self.0.register(start, len)
     }
 
-    fn open(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
-        let (start, len) = self.range(slot, &pages);
-        self.uffd.unprotect(start, len)
+    fn unregister(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        let (start, len) = slot.addresses(&pages);
+        self.0.unregister(start, len)
     }
 
-    fn wake(&self, slot: usize, pages: Range<usize>) {
-        let (start, len) = self.range(slot, &pages);
+    fn protect(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        protect(&self.0, slot, pages)
+    }
+
+    fn open(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        let (start, len) = slot.addresses(&pages);
+        self.0.unprotect(start, len)
+    }
+
+    fn wake(&self, slot: &WpSlot, pages: Range<usize>) {
+        let (start, len) = slot.addresses(&pages);
         // It cannot fail for a range that is not empty.
-        let _ = self.uffd.wake(start, len);
+        let _ = self.0.wake(start, len);
     }
 }
 
@@ -261,83 +237,176 @@ struct Part {
     written: DirtyBitmap,
 }
 
-/// What was opened: what handler and harvests share.
+/// A slot and what was opened of it.
+#[derive(Debug)]
+struct Opened {
+    slot: WpSlot,
+    /// In order and without gaps.
+    parts: Vec<Part>,
+}
+
+impl Opened {
+    fn new(slot: &WpSlot) -> Opened {
+        let part = |pages: Range<usize>| Part { written: DirtyBitmap::new(pages.len()), pages };
+        Opened { slot: slot.clone(), parts: slot.chunks(0..slot.pages()).map(part).collect() }
+    }
+
+    /// Forgets what is recorded of pages that are not tracked.
+    fn forget_others(&self) {
+        for pages in Chosen::all(self.slot.pages()).minus(self.slot.slot().chosen()) {
+            for part in &self.parts {
+                let clip = |page: usize| page.clamp(part.pages.start, part.pages.end) - part.pages.start;
+                part.written.clear_range(clip(pages.start)..clip(pages.end));
+            }
+        }
+    }
+
+    /// Records `pages`, which are in the slot.
+    fn note(&self, pages: &Range<usize>) {
+        let first = self.parts.partition_point(|part| part.pages.end <= pages.start);
+        for part in self.parts[first..].iter().take_while(|part| part.pages.start < pages.end) {
+            let base = part.pages.start;
+            part.written.set_range(pages.start.saturating_sub(base)..pages.end - base);
+        }
+    }
+}
+
+/// What handler and harvests share.
 #[derive(Debug)]
 struct Record<W> {
     wp: W,
-    slots: Vec<WpSlot>,
-    /// Of each slot, in order and without gaps.
-    parts: Vec<Vec<Part>>,
     /// What one write opens.
     unit: PageSize,
-    /// Held while a page is recorded and opened, or taken out of the record and protected.
-    turn: Mutex<()>,
+    /// The slots, in the order of their addresses. Held for a *turn*: while a page is recorded and opened, or taken
+    /// out of the record and protected.
+    turn: Mutex<Vec<Opened>>,
     /// Why the handler could not open a page, as an errno; 0 when it could.
     failed: AtomicI32,
 }
 
 impl<W: SyncWp> Record<W> {
-    fn new(wp: W, slots: Vec<WpSlot>, unit: PageSize) -> Record<W> {
-        let part = |pages: Range<usize>| Part { written: DirtyBitmap::new(pages.len()), pages };
-        let parts = slots.iter().map(|slot| slot.chunks(0..slot.pages()).map(part).collect()).collect();
-        Record { wp, slots, parts, unit, turn: Mutex::new(()), failed: AtomicI32::new(0) }
+    fn new(wp: W, unit: PageSize) -> Record<W> {
+        Record { wp, unit, turn: Mutex::new(Vec::new()), failed: AtomicI32::new(0) }
     }
 
     /// Waits for a turn. No invariant can be broken by a panic while it lasted, because none can happen.
-    fn turn(&self) -> MutexGuard<'_, ()> {
+    fn turn(&self) -> MutexGuard<'_, Vec<Opened>> {
         self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn clear(&self) {
-        self.parts.iter().flatten().for_each(|part| part.written.drain(|_, _| {}));
+        self.turn().iter().flat_map(|opened| &opened.parts).for_each(|part| part.written.drain(|_, _| {}));
         self.failed.store(0, Ordering::Relaxed);
     }
 
-    /// Records `pages`, which are in the slot.
-    fn note(&self, slot: usize, pages: &Range<usize>) {
-        let parts = &self.parts[slot];
-        let first = parts.partition_point(|part| part.pages.end <= pages.start);
-        for part in parts[first..].iter().take_while(|part| part.pages.start < pages.end) {
-            let base = part.pages.start;
-            part.written.set_range(pages.start.saturating_sub(base)..pages.end - base);
+    /// Makes `slots` those that writers are served in. What is recorded of the ones that stay is kept.
+    fn set_slots(&self, slots: &[WpSlot]) {
+        let mut turn = self.turn();
+        let before: Vec<_> = turn.iter().map(|opened| opened.slot.clone()).collect();
+        carry(&before, slots, &mut turn, Opened::new);
+        for (opened, slot) in turn.iter_mut().zip(slots) {
+            opened.slot = slot.clone();
+            opened.forget_others();
         }
+    }
+
+    /// Begins to protect all that `change` gains, or nothing of it. Writers to it are served already.
+    fn gain(&self, change: &Change<WpSlot>) -> Result<(), TrackerError> {
+        let new = || change.steps().iter().filter(|step| step.new).map(|step| &step.slot);
+        record_host_writes(new(), true);
+        for (number, (slot, pages)) in change.gained().enumerate() {
+            if let Err(error) = self.begin(slot, pages) {
+                // If that fails too, the first error is the one to know.
+                change.gained().take(number).for_each(|(slot, pages)| drop(self.end(slot, pages)));
+                record_host_writes(new(), false);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Registers and protects `pages`, or nothing.
+    fn begin(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), TrackerError> {
+        let registered = self.wp.register(slot, pages.clone());
+        registered.map_err(|source| TrackerError::Register { slot: slot.id(), on: true, source })?;
+        let (first, count) = (pages.start, pages.len());
+        self.wp.protect(slot, pages.clone()).map_err(|source| {
+            // The first error is the one to know.
+            let _ = self.end(slot, pages);
+            TrackerError::WriteProtect { slot: slot.id(), first, pages: count, source }
+        })
+    }
+
+    /// Lifts the protection of `pages`, and wakes all who sleep there.
+    fn end(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), TrackerError> {
+        let outcome = self.wp.unregister(slot, pages.clone());
+        // The kernel does this itself for missing pages only (`userfaultfd_unregister`).
+        self.wp.wake(slot, pages);
+        outcome.map_err(|source| TrackerError::Register { slot: slot.id(), on: false, source })
     }
 
     /// Somebody waits to write at `address`.
     fn resolve(&self, address: u64) {
-        let slot = |slot: &WpSlot| (slot.hva(0)..slot.hva(slot.pages())).contains(&address);
-        let Some(index) = self.slots.iter().position(slot) else { return };
-        let slot = &self.slots[index];
-        let pages = slot.widen(slot.pages_at(address..address + 1), self.unit);
-        let opened = {
-            let _turn = self.turn();
-            self.note(index, &pages);
-            self.wp.open(index, pages.clone())
-        };
-        let Err(error) = opened else { return };
+        let turn = self.turn();
+        let found = turn.iter().find(|opened| {
+            let slot = &opened.slot;
+            (slot.hva(0)..slot.hva(slot.pages())).contains(&address)
+        });
+        let Some(opened) = found else { return };
+        let slot = &opened.slot;
+        let page = slot.pages_at(address..address + 1);
+        // What is not protected is left alone. Nobody waits there any more who was not woken.
+        let pages = slot.slot().chosen().around(page.start, slot.widen(page, self.unit));
+        let Some(pages) = pages else { return };
+        opened.note(&pages);
+        let Err(error) = self.wp.open(slot, pages.clone()) else { return };
         // EAGAIN: mappings change just now. ENOENT: the range is not registered any more. In either case, and in
         // any other, the writer looks again, and whoever still finds the page protected says so again.
         if !matches!(error.errno(), libc::EAGAIN | libc::ENOENT) {
             self.failed.store(error.errno(), Ordering::Relaxed);
         }
-        self.wp.wake(index, pages);
+        self.wp.wake(slot, pages);
     }
 }
 
 /// The other side of the record.
 #[derive(Debug)]
 struct Harvester {
+    /// Those of the record.
+    slots: Vec<WpSlot>,
     owed: OwedSet,
     /// One part's record; as large as the largest needs.
     taken: Vec<u64>,
 }
 
 impl Harvester {
-    fn new(slots: &[WpSlot]) -> Harvester {
+    fn new(slots: Vec<WpSlot>) -> Harvester {
+        let mut harvester = Harvester { slots: Vec::new(), owed: OwedSet::new(&[]), taken: Vec::new() };
+        harvester.adopt(slots);
+        harvester
+    }
+
+    fn adopt(&mut self, slots: Vec<WpSlot>) {
         let parts = slots.iter().flat_map(|slot| slot.chunks(0..slot.pages()));
         let words = parts.map(|pages| bitmap::words_for(pages.len())).max().unwrap_or(0);
-        let slots: Vec<_> = slots.iter().map(|slot| slot.slot().clone()).collect();
-        Harvester { owed: OwedSet::new(&slots), taken: vec![0; words] }
+        self.taken.resize(words, 0);
+        self.owed.set_slots(slots.iter().map(WpSlot::slot));
+        self.slots = slots;
+    }
+
+    /// See [`Tracker::set_slots`]. `slots` are in the order of their addresses.
+    fn set_slots<W: SyncWp>(&mut self, record: &Record<W>, slots: Vec<WpSlot>) -> Result<(), TrackerError> {
+        let mut change = Change::new(&self.slots, slots)?;
+        // Whoever writes is served from the first protection on and to the last.
+        record.set_slots(&change.slots());
+        record.gain(&change).inspect_err(|_| record.set_slots(&self.slots))?;
+        let outcome = change.let_go(|slot, pages| record.end(slot, pages));
+        let left = change.slots();
+        record.set_slots(&left);
+        let gone = self.slots.iter().filter(|old| !left.iter().any(|slot| slot.slot().is(old.slot())));
+        record_host_writes(gone, false);
+        self.adopt(left);
+        outcome
     }
 
     fn collect<W: SyncWp>(&mut self, record: &Record<W>) -> Result<(), TrackerError> {
@@ -345,51 +414,51 @@ impl Harvester {
             0 => {}
             failed => return Err(TrackerError::Resolve(errno::Error::new(failed))),
         }
-        for (index, slot) in record.slots.iter().enumerate() {
+        for (index, slot) in self.slots.iter().enumerate() {
             let owed = self.owed.slot(index);
             // Into the record, so that they are protected too: a page that the host dropped, or wrote through
             // another mapping, may not be.
+            let turn = record.turn();
             slot.take_host_writes(record.unit, |word, bits| {
                 owed.add_host(word, bits);
                 let base = word * bitmap::PAGES_PER_WORD;
-                bitmap::runs(&[bits]).for_each(|run| record.note(index, &(base + run.start..base + run.end)));
+                bitmap::runs(&[bits]).for_each(|run| turn[index].note(&(base + run.start..base + run.end)));
             });
-            for part in &record.parts[index] {
-                self.collect_part(record, index, part)?;
+            let parts = turn[index].parts.len();
+            drop(turn);
+            for part in 0..parts {
+                collect_part(record, index, part, &mut self.taken, owed)?;
             }
         }
         Ok(())
     }
+}
 
-    fn collect_part<W: SyncWp>(
-        &mut self,
-        record: &Record<W>,
-        index: usize,
-        part: &Part,
-    ) -> Result<(), TrackerError> {
-        let taken = &mut self.taken[..bitmap::words_for(part.pages.len())];
-        taken.fill(0);
-        let base = part.pages.start;
-        let _turn = record.turn();
-        part.written.drain(|word, bits| taken[word] = bits);
-        let owed = self.owed.slot(index);
-        for run in bitmap::runs(taken) {
-            let pages = base + run.start..base + run.end;
-            masks(pages.clone(), |word, bits| owed.add(word, bits));
-            if let Err(source) = record.wp.protect(index, pages.clone()) {
-                // All of it is owed, and to be protected the next time.
-                taken.iter().enumerate().for_each(|(word, &bits)| part.written.merge_word(word, bits));
-                let (first, pages) = (pages.start, pages.len());
-                return Err(TrackerError::WriteProtect {
-                    slot: record.slots[index].id(),
-                    first,
-                    pages,
-                    source,
-                });
-            }
+/// Takes a turn for one part of a slot: what was opened there goes from the record to `owed`, and is protected.
+fn collect_part<W: SyncWp>(
+    record: &Record<W>,
+    index: usize,
+    part: usize,
+    taken: &mut [u64],
+    owed: &mut SlotSet,
+) -> Result<(), TrackerError> {
+    let turn = record.turn();
+    let (slot, part) = (&turn[index].slot, &turn[index].parts[part]);
+    let taken = &mut taken[..bitmap::words_for(part.pages.len())];
+    taken.fill(0);
+    part.written.drain(|word, bits| taken[word] = bits);
+    let base = part.pages.start;
+    for run in bitmap::runs(taken) {
+        let pages = base + run.start..base + run.end;
+        masks(pages.clone(), |word, bits| owed.add(word, bits));
+        if let Err(source) = record.wp.protect(slot, pages.clone()) {
+            // All of it is owed, and to be protected the next time.
+            taken.iter().enumerate().for_each(|(word, &bits)| part.written.merge_word(word, bits));
+            let (first, pages) = (pages.start, pages.len());
+            return Err(TrackerError::WriteProtect { slot: slot.id(), first, pages, source });
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,9 +3,11 @@
 use std::io;
 use std::ops::Range;
 
-use crate::addr::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageSize};
+use crate::addr::{BLOCK_SIZE, PAGE_SHIFT, PAGE_SIZE, PageRange, PageSize};
 use crate::bitmap::{self, PAGES_PER_WORD};
 use crate::sys::maps;
+use crate::tracker::change::Tracked;
+use crate::tracker::chosen::Chosen;
 use crate::tracker::{Backing, Slot, TrackerError};
 
 /// Bytes that one ioctl protects at most. The kernel keeps KVM's MMU notifier for the range open throughout, and
@@ -45,6 +47,15 @@ impl WpSlot {
         if !slot.hva().is_multiple_of(page.bytes()) || !slot.len().is_multiple_of(page.bytes()) {
             return Err(bad("its addresses and size must be multiples of its backing's page size"));
         }
+        let leaves = page.leaves();
+        let first = slot.frames().start.0;
+        let odd = |range: &PageRange| {
+            !(range.start.0 - first).is_multiple_of(leaves) || !range.pages.is_multiple_of(leaves)
+        };
+        if let Some(range) = slot.tracked().find(odd) {
+            let why = "its ends must be multiples of its backing's page size, from the memslot's start on";
+            return Err(TrackerError::BadRange { range, why });
+        }
         let backing = match page {
             PageSize::K4 if zaps_huge => Backing::Shared,
             PageSize::K4 => Backing::Private,
@@ -57,10 +68,6 @@ impl WpSlot {
     pub(crate) fn simulated(slot: Slot, page: PageSize) -> WpSlot {
         let backing = if page == PageSize::K4 { Backing::Private } else { Backing::Hugetlb(page) };
         WpSlot { slot, backing }
-    }
-
-    pub(crate) fn slot(&self) -> &Slot {
-        &self.slot
     }
 
     pub(crate) fn id(&self) -> u32 {
@@ -92,6 +99,11 @@ impl WpSlot {
     /// Address of page `page`.
     pub(crate) fn hva(&self, page: usize) -> u64 {
         self.slot.hva() + ((page as u64) << PAGE_SHIFT)
+    }
+
+    /// Where `pages` begin, and their bytes.
+    pub(crate) fn addresses(&self, pages: &Range<usize>) -> (u64, u64) {
+        (self.hva(pages.start), (pages.len() as u64) << PAGE_SHIFT)
     }
 
     /// The pages that `addresses` touch, clipped to the slot.
@@ -128,9 +140,13 @@ impl WpSlot {
         })
     }
 
-    /// The slot's host writes, taken out: word number and bits, in units that can be protected. In order, but a
-    /// word may come more than once.
+    /// The host's writes to tracked pages, taken out: word number and bits, in units that can be protected. In order,
+    /// but a word may come more than once.
     pub(crate) fn take_host_writes(&self, size: PageSize, mut take: impl FnMut(usize, u64)) {
+        let mut take = |word, bits| match bits & self.slot.chosen().bits(word) {
+            0 => {}
+            bits => take(word, bits),
+        };
         self.slot.host_writes().drain(|word, bits| {
             if size.max(self.page()) == PageSize::K4 {
                 return take(word, bits);
@@ -140,6 +156,16 @@ impl WpSlot {
                 masks(self.widen(base + run.start..base + run.end, size), &mut take);
             }
         });
+    }
+}
+
+impl Tracked for WpSlot {
+    fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    fn choosing(&self, chosen: Chosen) -> WpSlot {
+        WpSlot { slot: self.slot.choosing(chosen), backing: self.backing }
     }
 }
 

@@ -2,8 +2,8 @@
 //! guest was told to write: no page more, no page less.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::copy::converge;
 use crate::machine::{MAX_STORES, Machine, Writer, frames, kvm};
 use dirty_track::addr::{Gfn, PAGE_SIZE};
 use dirty_track::tracker::{Guarantees, Harvest, KvmBitmap, KvmManual, KvmRing, Slot, Tracker, TrackerError};
@@ -176,50 +176,9 @@ fn a_slot_of_the_wrong_size_is_refused_before_its_log_is_read() {
 #[test]
 fn a_copy_converges_to_the_memory_of_a_running_guest() {
     each("a_copy_converges_to_the_memory_of_a_running_guest", |_, log, machine, mut guest| {
-        const ROUNDS: u32 = 200;
-        let mut tracker = log.tracker(&machine);
-        let rounds = AtomicU32::new(0);
-        let corners = corners();
-        std::thread::scope(|scope| {
-            let vcpu = scope.spawn(|| {
-                let pages: Vec<_> = (0x1300..0x1400).map(Gfn).chain(corners.iter().copied()).collect();
-                assert!(pages.len() <= MAX_STORES);
-                for round in 1..=ROUNDS {
-                    guest.write(&pages, round);
-                    rounds.store(round, Ordering::Release);
-                }
-            });
-            tracker.arm().unwrap();
-            let mut copy = machine.stamps();
-            let (mut harvests, mut reported, mut seen) = (0, 0, 0);
-            loop {
-                // Harvests without a pause starve the vCPU on some MMUs: each waits for a round of the guest's.
-                // The last one waits for all of them, so it finds the guest at rest.
-                while rounds.load(Ordering::Acquire) == seen && !vcpu.is_finished() {
-                    std::thread::yield_now();
-                }
-                let last = vcpu.is_finished();
-                seen = rounds.load(Ordering::Acquire);
-                let harvest = tracker.harvest().unwrap();
-                harvests += 1;
-                reported += harvest.count();
-                for gfn in frames(&harvest) {
-                    let at = copy.binary_search_by_key(&gfn, |(gfn, _)| *gfn).unwrap();
-                    copy[at].1 = machine.stamp(gfn);
-                }
-                // Every third one fails, as far as the tracker is concerned: that loses nothing.
-                if harvests % 3 != 0 || last {
-                    harvest.commit();
-                }
-                if last {
-                    break;
-                }
-            }
-            vcpu.join().unwrap();
-            assert!(reported > 0);
-            assert_eq!(copy, machine.stamps());
-            assert!(machine.stamp(corners[0]) == ROUNDS);
-        });
+        let pages: Vec<_> = corners().into_iter().chain((0x1300..0x1400).map(Gfn)).collect();
+        assert!(pages.len() <= MAX_STORES);
+        converge(&machine, &mut guest, &mut *log.tracker(&machine), 200, |_| pages.clone());
     });
 }
 
@@ -243,6 +202,10 @@ impl Tracker for Forgetful {
         let mut harvest = self.0.harvest()?;
         harvest.discard(self.1);
         Ok(harvest)
+    }
+
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        self.0.set_slots(slots)
     }
 
     fn disarm(&mut self) -> Result<(), TrackerError> {

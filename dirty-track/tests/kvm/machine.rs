@@ -149,17 +149,10 @@ impl Machine {
         let mappings = Arc::new(mappings.into_iter().map(|(_, mapping)| mapping).collect());
         let mut tracked = Vec::new();
         for (id, region) in (0..).zip(memory.iter()) {
-            let registered = kvm_userspace_memory_region {
-                slot: id,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the region is mapped for as long as the mappings, which the machine and its vCPU both hold.
-            unsafe { vm.set_user_memory_region(registered) }.unwrap();
+            let slot = Slot::of_region(id, 0, region);
+            register(&vm, &slot, region.len());
             if id > 0 {
-                tracked.push(Slot::of_region(id, 0, region));
+                tracked.push(slot);
             }
         }
         memory.write_slice(&PROGRAM, GuestAddress(CODE)).unwrap();
@@ -193,6 +186,16 @@ impl Machine {
         (Machine { vm, memory, slots: tracked, rings, _mappings: mappings }, writers)
     }
 
+    /// Registers `slot`, one of its own, with KVM after it was [unplugged](Machine::unplug).
+    pub(crate) fn plug(&self, slot: &Slot) {
+        register(&self.vm, slot, slot.len());
+    }
+
+    /// Has KVM forget `slot`, which the guest does not use.
+    pub(crate) fn unplug(&self, slot: &Slot) {
+        register(&self.vm, slot, 0);
+    }
+
     /// All tracked memory, one `u32` for each page: the one that the guest's stores go to.
     pub(crate) fn stamps(&self) -> Vec<(Gfn, u32)> {
         self.slots.iter().flat_map(|slot| slot.frames().iter()).map(|gfn| (gfn, self.stamp(gfn))).collect()
@@ -202,6 +205,20 @@ impl Machine {
     pub(crate) fn stamp(&self, gfn: Gfn) -> u32 {
         self.memory.read_obj(GuestAddress(gfn.gpa().0 + STAMP_OFFSET)).unwrap()
     }
+}
+
+/// Registers `slot` with `vm`, or has it forgotten with a `len` of 0.
+fn register(vm: &VmFd, slot: &Slot, len: u64) {
+    let region = kvm_userspace_memory_region {
+        slot: slot.id(),
+        flags: 0,
+        guest_phys_addr: slot.gpa().0,
+        memory_size: len,
+        userspace_addr: slot.hva(),
+    };
+    // SAFETY: the slot is of one of the machine's regions, each of which is mapped for as long as the mappings, which
+    // the machine and its vCPUs all hold.
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
 }
 
 /// Where in a page the guest stores.

@@ -2,10 +2,12 @@
 
 mod allocation;
 mod backing;
+mod copy;
 mod logs;
 mod machine;
 mod mapping;
 mod rearm;
 mod ring;
+mod slots;
 mod stats;
 mod uffd;

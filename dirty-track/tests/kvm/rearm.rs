@@ -2,8 +2,8 @@
 //! coarse, everything else stays exact, and what cools is exact again.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::copy::converge;
 use crate::machine::{Machine, frames, kvm};
 use dirty_track::addr::{Gfn, PAGE_BYTES};
 use dirty_track::bitmap;
@@ -155,47 +155,14 @@ fn a_dropped_harvest_owes_coarse_pages_too_and_all_closes_what_is_open() {
 #[test]
 fn a_copy_converges_although_blocks_stay_writable() {
     let Some(kvm) = kvm("a_copy_converges_although_blocks_stay_writable") else { return };
-    const ROUNDS: u32 = 120;
     let (machine, mut guest) = Machine::new(&kvm, &SLOTS);
-    let mut tracker = tracker(&machine);
-    let rounds = AtomicU32::new(0);
-    std::thread::scope(|scope| {
-        let vcpu = scope.spawn(|| {
-            // Which block is hot changes, so blocks open and close all the time.
-            for round in 1..=ROUNDS {
-                let hot = leaves(SLOTS[0].0, u64::from(round / 12 % 8), 450);
-                let pages: Vec<_> = hot.into_iter().chain(leaves(SLOTS[1].0, 1, 20)).collect();
-                guest.write(&pages, round);
-                rounds.store(round, Ordering::Release);
-            }
-        });
-        tracker.arm().unwrap();
-        let mut copy = machine.stamps();
-        let (mut harvests, mut coarse, mut seen) = (0, 0, 0);
-        loop {
-            while rounds.load(Ordering::Acquire) == seen && !vcpu.is_finished() {
-                std::thread::yield_now();
-            }
-            let last = vcpu.is_finished();
-            seen = rounds.load(Ordering::Acquire);
-            let harvest = tracker.harvest().unwrap();
-            harvests += 1;
-            coarse += harvest.coarse_count();
-            for gfn in frames(&harvest) {
-                let at = copy.binary_search_by_key(&gfn, |(gfn, _)| *gfn).unwrap();
-                copy[at].1 = machine.stamp(gfn);
-            }
-            if harvests % 3 != 0 || last {
-                harvest.commit();
-            }
-            if last {
-                break;
-            }
-        }
-        vcpu.join().unwrap();
-        assert!(coarse > 0, "nothing was ever left writable");
-        assert_eq!(copy, machine.stamps());
-    });
+    // Which block is hot changes, so blocks open and close all the time.
+    let pages = |round: u32| {
+        let hot = leaves(SLOTS[0].0, u64::from(round / 12 % 8), 450);
+        hot.into_iter().chain(leaves(SLOTS[1].0, 1, 20)).collect()
+    };
+    let copy = converge(&machine, &mut guest, &mut tracker(&machine), 120, pages);
+    assert!(copy.coarse > 0, "nothing was ever left writable");
 }
 
 /// With what was sent at hand, only pages that changed are sent again, and the receiver ends with the guest's

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use dirty_track::addr::{Gfn, PAGE_SIZE, PageSize};
@@ -12,6 +11,7 @@ use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::backing::{ALL, Backed, Backing, SLOTS};
+use crate::copy::converge;
 use crate::machine::{MAX_STORES, Machine, frames, kvm, skip};
 
 /// How a test makes its tracker.
@@ -359,47 +359,8 @@ fn a_guest_runs_on_through_arming_and_disarming() {
 #[test]
 fn a_copy_converges_to_the_memory_of_a_running_guest() {
     everywhere("uffd::a_copy_converges_to_the_memory_of_a_running_guest", |backed, tracker, _| {
-        const ROUNDS: u32 = 60;
-        let Backed { machine, guest, .. } = backed;
-        let rounds = AtomicU32::new(0);
-        let corners = corners();
-        std::thread::scope(|scope| {
-            let vcpu = scope.spawn(|| {
-                let pages: Vec<_> = (0x1100..0x1200).map(Gfn).chain(corners.iter().copied()).collect();
-                assert!(pages.len() <= MAX_STORES);
-                for round in 1..=ROUNDS {
-                    guest.write(&pages, round);
-                    rounds.store(round, Ordering::Release);
-                }
-            });
-            tracker.arm().unwrap();
-            let mut copy = machine.stamps();
-            let (mut harvests, mut reported, mut seen) = (0, 0, 0);
-            loop {
-                while rounds.load(Ordering::Acquire) == seen && !vcpu.is_finished() {
-                    std::thread::yield_now();
-                }
-                let last = vcpu.is_finished();
-                seen = rounds.load(Ordering::Acquire);
-                let harvest = tracker.harvest().unwrap();
-                harvests += 1;
-                reported += harvest.count();
-                for gfn in frames(&harvest) {
-                    let at = copy.binary_search_by_key(&gfn, |(gfn, _)| *gfn).unwrap();
-                    copy[at].1 = machine.stamp(gfn);
-                }
-                // Every third one fails, as far as the tracker is concerned: that loses nothing.
-                if harvests % 3 != 0 || last {
-                    harvest.commit();
-                }
-                if last {
-                    break;
-                }
-            }
-            vcpu.join().unwrap();
-            assert!(reported > 0);
-            assert_eq!(copy, machine.stamps());
-            assert!(machine.stamp(corners[0]) == ROUNDS);
-        });
+        let pages: Vec<_> = corners().into_iter().chain((0x1100..0x1200).map(Gfn)).collect();
+        assert!(pages.len() <= MAX_STORES);
+        converge(&backed.machine, &mut backed.guest, tracker, 60, |_| pages.clone());
     });
 }

@@ -12,9 +12,7 @@ use super::*;
 use crate::addr::{Gfn, PAGE_SIZE};
 use crate::rearm::DenseSkip;
 use crate::region::RegionBitmap;
-
-/// (slot index, page in the slot)
-type Page = (usize, usize);
+use crate::tracker::sim::{Extent, Layout, Page, Wish, check_change, wishes};
 
 /// One slot as KVM and the hardware hold it.
 #[derive(Debug, Default)]
@@ -92,12 +90,12 @@ impl Logging for SimLog {
         Ok(())
     }
 
-    fn set_logging(&mut self, slot: usize, on: bool) -> Result<(), errno::Error> {
+    fn set_logging(&mut self, slot: &Slot, on: bool) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
         assert_eq!(sim.mode, Some(sim.protocol), "logging was switched in the wrong mode");
         let initially_set = sim.initially_set();
-        let slot = &mut sim.slots[slot];
+        let slot = &mut sim.slots[LAYOUT.index(slot)];
         if on && !slot.logging {
             slot.log = vec![initially_set; slot.contents.len()];
             slot.writable = vec![initially_set; slot.contents.len()];
@@ -108,14 +106,14 @@ impl Logging for SimLog {
 }
 
 impl DirtyLog for SimLog {
-    fn get(&mut self, slot: usize, words: &mut [u64]) -> Result<(), errno::Error> {
+    fn get(&mut self, slot: &Slot, words: &mut [u64]) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         let outcome = sim.call();
         let (clears, fails_late) = (sim.protocol == Protocol::ClearedByGet, sim.fails_late);
         if outcome.is_err() && !(clears && fails_late) {
             return outcome;
         }
-        let slot = &mut sim.slots[slot];
+        let slot = &mut sim.slots[LAYOUT.index(slot)];
         assert!(slot.logging, "the log of a slot that has none was read");
         assert_eq!(words.len(), slot.log.len().div_ceil(64));
         words.fill(0);
@@ -135,11 +133,11 @@ impl DirtyLog for SimLog {
         Ok(())
     }
 
-    fn clear(&mut self, slot: usize, first: usize, pages: usize, words: &[u64]) -> Result<(), errno::Error> {
+    fn clear(&mut self, slot: &Slot, first: usize, pages: usize, words: &[u64]) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
         let protocol = sim.protocol;
-        let slot = &mut sim.slots[slot];
+        let slot = &mut sim.slots[LAYOUT.index(slot)];
         assert_ne!(protocol, Protocol::ClearedByGet, "GET has cleared already");
         // KVM's own conditions.
         assert!(slot.logging && first.is_multiple_of(64) && pages > 0 && first + pages <= slot.log.len());
@@ -159,24 +157,16 @@ impl DirtyLog for SimLog {
 const MANUAL: Protocol = Protocol::Manual { initially_set: true };
 const PROTOCOLS: [Protocol; 3] = [Protocol::ClearedByGet, Protocol::Manual { initially_set: false }, MANUAL];
 
-/// Sizes of the slots in pages: none a multiple of 64, one with two CLEAR chunks and a bit.
-const SIZES: [usize; 3] = [70, 2 * CLEAR_CHUNK + 65, 1];
+/// Slots of sizes that are no multiples of 64, one with two CLEAR chunks and a bit.
+const LAYOUT: Layout = Layout { ids: &[0, 1, 2], sizes: &[70, 2 * CLEAR_CHUNK + 65, 1] };
+const SIZES: &[usize] = LAYOUT.sizes;
 
-/// First frame of slot `index`; with holes between the slots.
 fn base(index: usize) -> u64 {
-    0x100 + 0x100_0000 * index as u64
+    LAYOUT.base(index)
 }
 
 fn machine(protocol: Protocol) -> (SimLog, Logged<SimLog>) {
-    let slots = SIZES.iter().enumerate().map(|(index, &pages)| {
-        let region = GuestRegionMmap::<RegionBitmap>::from_range(
-            GuestAddress(base(index) * PAGE_SIZE),
-            pages * PAGE_SIZE as usize,
-            None,
-        );
-        Slot::of_region(index as u32, 0, &region.unwrap())
-    });
-    let slots = Slot::sorted(slots.collect()).unwrap();
+    let slots = LAYOUT.slots();
     let log = SimLog(Arc::new(Mutex::new(Sim {
         protocol,
         mode: None,
@@ -194,23 +184,17 @@ fn machine(protocol: Protocol) -> (SimLog, Logged<SimLog>) {
     (log.clone(), Logged::new(log, protocol, slots))
 }
 
-fn to_page(gfn: Gfn) -> Page {
-    let slot = (0..SIZES.len()).rfind(|&slot| base(slot) <= gfn.0).unwrap();
-    (slot, (gfn.0 - base(slot)) as usize)
-}
-
 /// What a harvest says to be coarse.
 fn coarse(harvest: &Harvest<'_>) -> BTreeSet<Page> {
     let frames: Vec<_> = harvest.coarse_runs().flat_map(|run| run.iter()).collect();
     assert_eq!(harvest.coarse_count(), frames.len() as u64);
     assert!(frames.iter().all(|&gfn| harvest.is_coarse(gfn)));
-    frames.into_iter().map(to_page).collect()
+    frames.into_iter().map(|gfn| LAYOUT.page(gfn)).collect()
 }
 
 /// What a harvest reports, and what of it is said to be the host's.
 fn pages(harvest: &Harvest<'_>) -> (BTreeSet<Page>, BTreeSet<Page>) {
-    let all: BTreeSet<_> = harvest.runs().flat_map(|run| run.iter()).map(to_page).collect();
-    let host: BTreeSet<_> = harvest.host_runs().flat_map(|run| run.iter()).map(to_page).collect();
+    let (all, host) = (LAYOUT.pages(harvest.runs()), LAYOUT.pages(harvest.host_runs()));
     assert_eq!(harvest.count(), all.len() as u64);
     assert_eq!(harvest.host_count(), host.len() as u64);
     assert_eq!(harvest.is_empty(), all.is_empty());
@@ -235,6 +219,12 @@ enum Op {
     },
     /// Another re-arming policy.
     Policy(Rearm),
+    /// Other slots, or other pages of them.
+    SetSlots {
+        wish: Vec<Wish>,
+        racing: Vec<Page>,
+        fails_in: Option<usize>,
+    },
 }
 
 fn page() -> impl Strategy<Value = Page> {
@@ -266,6 +256,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (racing(), prop::option::weighted(0.3, 0..8usize))
             .prop_map(|(racing, fails_in)| Op::Rearm { racing, fails_in }),
         1 => rearm().prop_map(Op::Policy),
+        2 => (wishes(SIZES.len()), racing(), prop::option::weighted(0.3, 0..6usize))
+            .prop_map(|(wish, racing, fails_in)| Op::SetSlots { wish, racing, fails_in }),
     ]
 }
 
@@ -294,6 +286,9 @@ proptest! {
         let (mut may, mut must, mut host) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         // Coarse in a harvest that was not committed.
         let mut owed_coarse = BTreeSet::new();
+        let slots = tracker.slots.clone();
+        // What is tracked; and what is since a change, and may be reported once for what was before.
+        let (mut tracked, mut fresh) = (LAYOUT.tracked(&slots), Extent::default());
 
         // In the end everything is harvested once more, in peace.
         let end = Op::Harvest { racing: Vec::new(), fails_in: None, fails_late: false, commit: true };
@@ -308,12 +303,14 @@ proptest! {
                     // Past the log: the host's mapping is not write-protected.
                     sim().slots[slot].contents[page] += 1;
                     sim().written.insert((slot, page));
-                    let bitmap = tracker.slots[slot].host_writes().clone();
-                    bitmap.mark_dirty(page * PAGE_SIZE as usize + 9, 1);
-                    host.insert((slot, page));
+                    slots[slot].host_writes().mark_dirty(page * PAGE_SIZE as usize + 9, 1);
+                    if tracked.has((slot, page)) {
+                        host.insert((slot, page));
+                    }
                 }
                 Op::Harvest { racing, fails_in, fails_late, commit } => {
                     must.append(&mut std::mem::take(&mut sim().written));
+                    must.retain(|&page| tracked.has(page));
                     may.extend(must.iter().copied());
                     sim().racing = racing.into();
                     sim().fails_in = fails_in;
@@ -336,10 +333,13 @@ proptest! {
                         prop_assert!(reported.is_superset(&must), "missed {:?}", must.difference(&reported));
                         let coarse = coarse(&harvest);
                         prop_assert!(coarse.is_subset(&reported) && coarse.is_disjoint(&from_host));
-                        let extra: BTreeSet<_> = reported.difference(&may).copied().collect();
+                        prop_assert!(reported.iter().all(|&page| tracked.has(page)), "not asked for");
+                        let extra = reported.difference(&may).copied();
+                        let extra: BTreeSet<_> = extra.filter(|&page| !fresh.has(page)).collect();
                         prop_assert!(extra.is_subset(&coarse), "extra {:?}, coarse {:?}", extra, coarse);
                         prop_assert!(!was_exact || coarse.is_subset(&owed_coarse), "coarse without cause");
-                        prop_assert_eq!(&from_host, &host);
+                        prop_assert!(from_host.is_superset(&host));
+                        prop_assert!(from_host.iter().all(|&page| host.contains(&page) || fresh.has(page)));
                         late.iter().for_each(|&page| sim().write(page));
                         if commit {
                             for (slot, page) in reported {
@@ -351,6 +351,7 @@ proptest! {
                             owed_coarse.clear();
                             // What raced may have been in time for this harvest, or not.
                             may = raced;
+                            fresh = Extent::default();
                         } else {
                             drop(harvest);
                             must.extend(raced);
@@ -359,11 +360,43 @@ proptest! {
                     } else {
                         must.extend(raced);
                         // Some slots may have been harvested, and what they yielded is owed.
-                        for slot in 0..SIZES.len() {
-                            owed_coarse.extend(bitmap::runs(tracker.owed.slot(slot).coarse_words()).flatten().map(|page| (slot, page)));
+                        for (index, slot) in tracker.slots.iter().enumerate() {
+                            let coarse = bitmap::runs(tracker.owed.slot(index).coarse_words()).flatten();
+                            owed_coarse.extend(coarse.map(|page| (LAYOUT.index(slot), page)));
                         }
                         late.iter().for_each(|&page| sim().write(page));
                     }
+                }
+                Op::SetSlots { wish, racing, fails_in } => {
+                    must.append(&mut std::mem::take(&mut sim().written));
+                    may.extend(must.iter().copied());
+                    sim().racing = racing.into();
+                    sim().fails_in = fails_in;
+                    let wished = LAYOUT.wished(&slots, &wish);
+                    let outcome = tracker.set_slots(wished.clone());
+                    sim().fails_in = None;
+                    sim().racing.clear();
+                    if std::mem::take(&mut sim().lost) {
+                        may.extend((0..SIZES.len()).flat_map(|slot| (0..SIZES[slot]).map(move |page| (slot, page))));
+                    }
+                    let now = LAYOUT.tracked(&tracker.slots);
+                    check_change(&outcome, &tracked, &LAYOUT.tracked(&wished), &now)?;
+                    let all_off = sim().slots.iter().enumerate().all(|(index, slot)| {
+                        slot.logging == tracker.slots.iter().any(|now| LAYOUT.index(now) == index)
+                    });
+                    prop_assert!(all_off || outcome.is_err(), "a slot is logged and not tracked, or the reverse");
+                    let raced = std::mem::take(&mut sim().written);
+                    may.extend(raced.iter().copied());
+                    must.extend(raced);
+                    must.retain(|&page| tracked.has(page) && now.has(page));
+                    host.retain(|&page| tracked.has(page) && now.has(page));
+                    // A copy is made of what is new.
+                    for (slot, run) in now.minus(&tracked).0 {
+                        copy[slot][run.clone()].copy_from_slice(&sim().slots[slot].contents[run.clone()]);
+                        fresh.0.push((slot, run));
+                    }
+                    owed_coarse.retain(|&page| now.has(page));
+                    tracked = now;
                 }
                 Op::Rearm { racing, fails_in } => {
                     tracker.disarm().unwrap();
@@ -390,10 +423,9 @@ proptest! {
         if policy == Rearm::All {
             prop_assert_eq!(tracker.rearm.iter().map(SlotRearm::open_blocks).sum::<usize>(), 0);
         }
-        for (slot, copied) in copy.iter().enumerate() {
-            let late: BTreeSet<_> = sim().written.iter().filter(|page| page.0 == slot).copied().collect();
-            prop_assert!(late.is_empty());
-            prop_assert_eq!(copied, &sim().slots[slot].contents);
+        prop_assert!(sim().written.is_empty());
+        for (slot, run) in tracked.0 {
+            prop_assert_eq!(&copy[slot][run.clone()], &sim().slots[slot].contents[run]);
         }
     }
 }

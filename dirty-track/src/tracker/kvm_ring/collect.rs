@@ -7,6 +7,7 @@ use vmm_sys_util::errno;
 
 use crate::bitmap::PAGES_PER_WORD;
 use crate::sys::ring::DirtyEntry;
+use crate::tracker::change::{Change, carry};
 use crate::tracker::dirty_log::{self, Logging};
 use crate::tracker::harvest::OwedSet;
 use crate::tracker::{Harvest, Slot, TrackerError};
@@ -49,11 +50,13 @@ struct Collected {
 }
 
 impl Collected {
+    /// Of each slot all pages, whatever is chosen: a page that is not chosen loses its protection too.
     fn new(slots: &[Slot]) -> Collected {
         let mut by_id: Vec<_> =
             slots.iter().enumerate().map(|(index, slot)| (slot.id(), index, slot.frames().pages)).collect();
         by_id.sort_unstable();
-        Collected { set: OwedSet::new(slots), slots: by_id, empty: true, in_doubt: false }
+        let whole: Vec<_> = slots.iter().map(Slot::whole).collect();
+        Collected { set: OwedSet::new(&whole), slots: by_id, empty: true, in_doubt: false }
     }
 
     fn clear(&mut self) {
@@ -197,6 +200,12 @@ impl<L: Logging> Ringed<L> {
         }
     }
 
+    /// The slots that are tracked.
+    #[cfg(test)]
+    pub(super) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
     pub(super) fn is_armed(&self) -> bool {
         self.spare.is_none()
     }
@@ -227,10 +236,47 @@ impl<L: Logging> Ringed<L> {
             collected.clear();
         }
         dirty_log::prepare(&mut self.log)?;
-        for (index, slot) in self.slots.iter().enumerate() {
-            dirty_log::start(&mut self.log, index, slot)?;
+        self.slots.iter().try_for_each(|slot| dirty_log::start(&mut self.log, slot))
+    }
+
+    /// See [`Tracker::set_slots`](crate::tracker::Tracker::set_slots). `slots` are in the order of their addresses.
+    pub(super) fn set_slots<R: Rings>(
+        &mut self,
+        collector: &mut Collector<R>,
+        slots: Vec<Slot>,
+    ) -> Result<(), TrackerError> {
+        if !self.is_armed() {
+            self.adopt(slots);
+            self.spare = Some(Collected::new(&self.slots));
+            return Ok(());
         }
-        Ok(())
+        let mut change = Change::new(&self.slots, slots)?;
+        // Entries are read under the slots that they were written under. And from here on every page is protected,
+        // chosen or not, or will be read when the change is made: nobody else reads rings meanwhile.
+        self.collect(collector)?;
+        let new = || change.steps().iter().filter(|step| step.new).map(|step| &step.slot);
+        if let Err(error) = new().try_for_each(|slot| dirty_log::start(&mut self.log, slot)) {
+            // If that fails too, the first error is the one to know.
+            let _ = dirty_log::stop(&mut self.log, new());
+            return Err(error);
+        }
+        let outcome = change.let_slots_go(|slot| dirty_log::stop(&mut self.log, [slot]));
+        self.adopt(change.slots());
+        let mut collected = Collected::new(&self.slots);
+        collected.set.tell_apart(collector.rings.vcpus());
+        collector.collected = Some(collected);
+        self.owed.tell_apart(collector.rings.vcpus());
+        outcome
+    }
+
+    /// Makes `slots` those that are tracked. What is known of the ones that stay is kept.
+    fn adopt(&mut self, slots: Vec<Slot>) {
+        self.owed.set_slots(&slots);
+        if !self.doubtful.is_empty() {
+            self.owed.allow_coarse();
+            carry(&self.slots, &slots, &mut self.doubtful, |_| Vec::new());
+        }
+        self.slots = slots;
     }
 
     /// Collects what was written, and has it protected again: after this, and before it is

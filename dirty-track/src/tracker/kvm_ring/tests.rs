@@ -6,15 +6,12 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::*;
 use crate::addr::{Gfn, PAGE_SIZE};
-use crate::region::RegionBitmap;
 use crate::tracker::dirty_log::Logging;
+use crate::tracker::sim::{Extent, Layout, Page, Wish, check_change, wishes};
 
-/// (slot index, page in the slot)
-type Page = (usize, usize);
 /// (vCPU, page)
 type Write = (usize, Page);
 
@@ -22,17 +19,16 @@ const CPUS: usize = 3;
 /// Entries of a ring, and how many are in use when it counts as full.
 const ENTRIES: usize = 16;
 const SOFT_LIMIT: usize = 12;
-/// Sizes of the slots in pages.
-const SIZES: [usize; 3] = [70, 1000, 1];
+/// Slots with numbers that are not their indexes, not in order, and with an address space in the high half.
+const LAYOUT: Layout = Layout { ids: &[0x1_0007, 3, 0x1_0003], sizes: &[70, 1000, 1] };
+const SIZES: &[usize] = LAYOUT.sizes;
 
-/// First frame of slot `index`; with holes between the slots.
 fn base(index: usize) -> u64 {
-    0x100 + 0x1000 * index as u64
+    LAYOUT.base(index)
 }
 
-/// Number of slot `index`: not its index, not in order, and with an address space in the high half.
 fn id(index: usize) -> u32 {
-    [0x1_0007, 3, 0x1_0003][index]
+    LAYOUT.ids[index]
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -212,11 +208,11 @@ impl Logging for Shared {
         Ok(())
     }
 
-    fn set_logging(&mut self, slot: usize, on: bool) -> Result<(), errno::Error> {
+    fn set_logging(&mut self, slot: &Slot, on: bool) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
         assert!(sim.prepared || !on, "logging was turned on in an unknown mode");
-        let slot = &mut sim.slots[slot];
+        let slot = &mut sim.slots[LAYOUT.index(slot)];
         if on != slot.logging {
             slot.writable.fill(!on);
         }
@@ -234,12 +230,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
-        let slots = SIZES.iter().enumerate().map(|(index, &pages)| {
-            let start = GuestAddress(base(index) * PAGE_SIZE);
-            let region = GuestRegionMmap::<RegionBitmap>::from_range(start, pages * PAGE_SIZE as usize, None);
-            Slot::of_region(id(index), 0, &region.unwrap())
-        });
-        let slots = Slot::sorted(slots.collect()).unwrap();
+        let slots = LAYOUT.slots();
         let slot = |&pages: &usize| SimSlot {
             contents: vec![0; pages],
             logging: false,
@@ -285,20 +276,13 @@ impl Bench {
     }
 }
 
-fn to_page(gfn: Gfn) -> Page {
-    let slot = (0..SIZES.len()).rfind(|&slot| base(slot) <= gfn.0).unwrap();
-    (slot, (gfn.0 - base(slot)) as usize)
-}
-
 /// What a harvest reports, what of it is said to be the host's, and by whom the rest was written.
 fn pages(harvest: &Harvest<'_>) -> (BTreeSet<Page>, BTreeSet<Page>, BTreeSet<Write>) {
-    let all: BTreeSet<_> = harvest.runs().flat_map(|run| run.iter()).map(to_page).collect();
-    let host: BTreeSet<_> = harvest.host_runs().flat_map(|run| run.iter()).map(to_page).collect();
+    let (all, host) = (LAYOUT.pages(harvest.runs()), LAYOUT.pages(harvest.host_runs()));
     let mut by = BTreeSet::new();
     for vcpu in 0..harvest.vcpus() {
-        let wrote = harvest.written_by(vcpu).flat_map(|run| run.iter());
         let before = by.len();
-        by.extend(wrote.map(|gfn| (vcpu, to_page(gfn))));
+        by.extend(LAYOUT.pages(harvest.written_by(vcpu)).into_iter().map(|page| (vcpu, page)));
         assert_eq!(harvest.count_by(vcpu), (by.len() - before) as u64);
     }
     assert_eq!(harvest.count(), all.len() as u64);
@@ -321,6 +305,13 @@ enum Op {
         fails_in: Option<usize>,
         short: Vec<usize>,
         commit: bool,
+    },
+    /// Other slots, or other pages of them.
+    SetSlots {
+        wish: Vec<Wish>,
+        racing: Vec<Write>,
+        fails_in: Option<usize>,
+        short: Vec<usize>,
     },
     /// Disarm and arm again, with writes in between, after and before.
     Rearm {
@@ -357,6 +348,8 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(racing, fails_in, short, commit)| Op::Harvest { racing, fails_in, short, commit }),
         1 => (racing(), fails_in(0..8), short())
             .prop_map(|(racing, fails_in, short)| Op::Rearm { racing, fails_in, short }),
+        3 => (wishes(SIZES.len()), racing(), fails_in(0..5), short())
+            .prop_map(|(wish, racing, fails_in, short)| Op::SetSlots { wish, racing, fails_in, short }),
     ]
 }
 
@@ -374,6 +367,8 @@ proptest! {
         // Written since the last committed harvest began, and since it returned.
         let (mut may, mut must) = (BTreeMap::<Page, BTreeSet<usize>>::new(), BTreeSet::new());
         let mut host = BTreeSet::new();
+        // What is tracked; and what is since a change, and may be reported once for what was before.
+        let (mut tracked, mut fresh) = (LAYOUT.tracked(&bench.slots), Extent::default());
         let add = |may: &mut BTreeMap<Page, BTreeSet<usize>>, written: BTreeMap<Page, BTreeSet<usize>>| {
             for (page, by) in written {
                 may.entry(page).or_default().extend(by);
@@ -389,7 +384,9 @@ proptest! {
                     // Past the ring: the host's mapping is not write-protected.
                     bench.sim().slots[slot].contents[page] += 1;
                     bench.slots[slot].host_writes().mark_dirty(page * PAGE_SIZE as usize + 9, 1);
-                    host.insert((slot, page));
+                    if tracked.has((slot, page)) {
+                        host.insert((slot, page));
+                    }
                 }
                 Op::Empty { full, racing, fails_in, short } => {
                     bench.sim().racing = racing.into();
@@ -407,7 +404,7 @@ proptest! {
                 }
                 Op::Harvest { racing, fails_in, short, commit } => {
                     let before = std::mem::take(&mut bench.sim().written);
-                    must.extend(before.keys().copied());
+                    must.extend(before.keys().copied().filter(|&page| tracked.has(page)));
                     add(&mut may, before);
                     bench.sim().racing = racing.into();
                     bench.sim().fails_in = fails_in;
@@ -424,21 +421,25 @@ proptest! {
                     // Writes that did not fit in race with the copying.
                     let late = std::mem::take(&mut sim().racing);
                     let Ok(harvest) = harvest else {
-                        must.extend(raced.into_keys());
+                        must.extend(raced.into_keys().filter(|&page| tracked.has(page)));
                         late.into_iter().for_each(|write| bench.write(write));
                         continue;
                     };
                     let (reported, from_host, by) = pages(&harvest);
                     let missed: Vec<_> = must.difference(&reported).collect();
                     prop_assert!(missed.is_empty(), "missed {:?}", missed);
-                    let coarse: BTreeSet<_> =
-                        harvest.coarse_runs().flat_map(|run| run.iter()).map(to_page).collect();
+                    prop_assert!(reported.iter().all(|&page| tracked.has(page)), "not asked for");
+                    let coarse = LAYOUT.pages(harvest.coarse_runs());
                     prop_assert!(coarse.is_empty() || sim().cut_short);
                     let known = |page: &Page| {
-                        may.contains_key(page) || host.contains(page) || coarse.contains(page)
+                        may.contains_key(page)
+                            || host.contains(page)
+                            || coarse.contains(page)
+                            || fresh.has(*page)
                     };
                     prop_assert!(reported.iter().all(known), "extra in {:?}", reported);
-                    prop_assert_eq!(&from_host, &host);
+                    prop_assert!(from_host.is_superset(&host));
+                    prop_assert!(from_host.iter().all(|&page| host.contains(&page) || fresh.has(page)));
                     for (vcpu, page) in &by {
                         prop_assert!(may.get(page).is_some_and(|by| by.contains(vcpu)), "{} {:?}", vcpu, page);
                     }
@@ -460,10 +461,37 @@ proptest! {
                         must.clear();
                         // What raced may have been in time for this harvest, or not.
                         may = raced;
+                        fresh = Extent::default();
                     } else {
                         drop(harvest);
-                        must.extend(raced.into_keys());
+                        must.extend(raced.into_keys().filter(|&page| tracked.has(page)));
                     }
+                }
+                Op::SetSlots { wish, racing, fails_in, short } => {
+                    let before = std::mem::take(&mut bench.sim().written);
+                    must.extend(before.keys().copied());
+                    add(&mut may, before);
+                    bench.sim().racing = racing.into();
+                    bench.sim().fails_in = fails_in;
+                    bench.sim().short = short.into();
+                    let wished = LAYOUT.wished(&bench.slots, &wish);
+                    let outcome = bench.tracker.set_slots(&mut bench.collector, wished.clone());
+                    bench.sim().fails_in = None;
+                    bench.sim().short.clear();
+                    bench.sim().racing.clear();
+                    let now = LAYOUT.tracked(bench.tracker.slots());
+                    check_change(&outcome, &tracked, &LAYOUT.tracked(&wished), &now)?;
+                    let raced = std::mem::take(&mut bench.sim().written);
+                    must.extend(raced.keys().copied());
+                    add(&mut may, raced);
+                    must.retain(|&page| tracked.has(page) && now.has(page));
+                    host.retain(|&page| tracked.has(page) && now.has(page));
+                    // A copy is made of what is new.
+                    for (slot, run) in now.minus(&tracked).0 {
+                        copy[slot][run.clone()].copy_from_slice(&bench.sim().slots[slot].contents[run.clone()]);
+                        fresh.0.push((slot, run));
+                    }
+                    tracked = now;
                 }
                 Op::Rearm { racing, fails_in, short } => {
                     bench.tracker.disarm(&mut bench.collector).unwrap();
@@ -490,7 +518,9 @@ proptest! {
         }
         let late = std::mem::take(&mut bench.sim().written);
         prop_assert!(late.is_empty());
-        prop_assert_eq!(copy, bench.contents());
+        for (slot, run) in tracked.0 {
+            prop_assert_eq!(&copy[slot][run.clone()], &bench.sim().slots[slot].contents[run]);
+        }
     }
 }
 

@@ -5,25 +5,16 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
-use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::*;
-use crate::addr::{Gfn, PAGE_SIZE};
-use crate::region::RegionBitmap;
+use crate::tracker::sim::{Extent, Layout, Page, Wish, check_change, wishes};
 
-/// (slot index, page in the slot)
-type Page = (usize, usize);
-
-const SIZES: [usize; 3] = [70, 200, 1];
-
-/// First frame of slot `index`.
-fn base(index: usize) -> u64 {
-    0x100 + 0x1000 * index as u64
-}
+const LAYOUT: Layout = Layout { ids: &[0, 1, 2], sizes: &[70, 200, 1] };
+const SIZES: &[usize] = LAYOUT.sizes;
 
 #[derive(Debug, Default)]
 struct SimSlot {
-    registered: bool,
+    registered: Vec<bool>,
     /// Bumped by each write.
     contents: Vec<u32>,
     protected: Vec<bool>,
@@ -69,45 +60,49 @@ impl Sim {
 struct SimWp(Arc<Mutex<Sim>>);
 
 impl AsyncWp for SimWp {
-    fn register(&mut self, slot: usize) -> Result<(), errno::Error> {
+    fn register(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
-        assert!(!std::mem::replace(&mut sim.slots[slot].registered, true));
+        let registered = &mut sim.slots[LAYOUT.index(slot.slot())].registered[pages];
+        assert!(!registered.contains(&true));
+        registered.fill(true);
         Ok(())
     }
 
-    fn unregister(&mut self, slot: usize) -> Result<(), errno::Error> {
+    fn unregister(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
-        sim.slots[slot].registered = false;
-        sim.slots[slot].protected.fill(false);
+        let slot = &mut sim.slots[LAYOUT.index(slot.slot())];
+        slot.registered[pages.clone()].fill(false);
+        slot.protected[pages].fill(false);
         Ok(())
     }
 
-    fn protect(&mut self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
+    fn protect(&mut self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
-        assert!(sim.slots[slot].registered && !pages.is_empty());
-        sim.slots[slot].protected[pages].fill(true);
+        let slot = &mut sim.slots[LAYOUT.index(slot.slot())];
+        assert!(!pages.is_empty() && !slot.registered[pages.clone()].contains(&false));
+        slot.protected[pages].fill(true);
         Ok(())
     }
 
     fn written(
         &mut self,
-        slot: usize,
-        from: usize,
+        slot: &WpSlot,
+        pages: Range<usize>,
         found: &mut Vec<Range<usize>>,
     ) -> Result<usize, errno::Error> {
         let mut sim = self.0.lock().unwrap();
         sim.call()?;
-        let protected = &sim.slots[slot].protected;
-        let mut at = from;
+        let protected = &sim.slots[LAYOUT.index(slot.slot())].protected;
+        let mut at = pages.start;
         // Three runs a call, so that writes come between; what a call begins with may have been said before.
         for _ in 0..3 {
-            let Some(start) = (at..protected.len()).find(|&page| !protected[page]) else {
-                return Ok(protected.len());
+            let Some(start) = (at..pages.end).find(|&page| !protected[page]) else {
+                return Ok(pages.end);
             };
-            at = (start..protected.len()).find(|&page| protected[page]).unwrap_or(protected.len());
+            at = (start..pages.end).find(|&page| protected[page]).unwrap_or(pages.end);
             found.push(start..at);
         }
         Ok(at)
@@ -116,6 +111,8 @@ impl AsyncWp for SimWp {
 
 struct World {
     sim: Arc<Mutex<Sim>>,
+    /// All there are, tracked or not.
+    slots: Vec<Slot>,
     layer: AsyncLayer<SimWp>,
     owed: OwedSet,
     /// What somebody has who copies what is handed out, and commits.
@@ -124,25 +121,42 @@ struct World {
 
 impl World {
     fn new() -> World {
-        let slots = SIZES.iter().enumerate().map(|(index, &pages)| {
-            let at = GuestAddress(base(index) * PAGE_SIZE);
-            let region = GuestRegionMmap::<RegionBitmap>::from_range(at, pages * PAGE_SIZE as usize, None);
-            WpSlot::simulated(Slot::of_region(index as u32, 0, &region.unwrap()), PageSize::K4)
-        });
+        let slots = LAYOUT.slots();
         let sim = SIZES.iter().map(|&pages| SimSlot {
             contents: vec![0; pages],
             protected: vec![false; pages],
-            ..SimSlot::default()
+            registered: vec![false; pages],
         });
         let sim = Arc::new(Mutex::new(Sim { slots: sim.collect(), ..Sim::default() }));
-        let layer = AsyncLayer::new(SimWp(Arc::clone(&sim)), slots.collect());
+        let layer = AsyncLayer::new(SimWp(Arc::clone(&sim)), simulated(&slots), HostWrites::Reported);
         let owed = layer.owed_set();
-        World { sim, layer, owed, copy: SIZES.iter().map(|&pages| vec![0; pages]).collect() }
+        World { sim, slots, layer, owed, copy: SIZES.iter().map(|&pages| vec![0; pages]).collect() }
+    }
+
+    fn tracked(&self) -> Extent {
+        LAYOUT.tracked(self.layer.slots().iter().map(WpSlot::slot))
+    }
+
+    /// As [`UffdAsync::set_slots`]; and what is new is copied.
+    fn set_slots(&mut self, wish: &[Wish]) -> Result<Extent, TestCaseError> {
+        let before = self.tracked();
+        let wished = LAYOUT.wished(&self.slots, wish);
+        let outcome = self.layer.set_slots(simulated(&wished));
+        self.owed.set_slots(self.layer.slots().iter().map(WpSlot::slot));
+        let now = self.tracked();
+        check_change(&outcome, &before, &LAYOUT.tracked(&wished), &now)?;
+        let sim = self.sim.lock().unwrap();
+        for (index, slot) in sim.slots.iter().enumerate().filter(|_| outcome.is_ok()) {
+            prop_assert!((0..SIZES[index]).all(|page| slot.registered[page] == now.has((index, page))));
+        }
+        for (slot, run) in now.minus(&before).0 {
+            self.copy[slot][run.clone()].copy_from_slice(&sim.slots[slot].contents[run]);
+        }
+        Ok(now)
     }
 
     /// As [`UffdAsync::arm`]; and the whole of memory is copied.
     fn arm(&mut self) -> Result<(), TrackerError> {
-        self.layer.slots().iter().for_each(|slot| slot.slot().host_writes().start());
         self.layer.arm()?;
         let mut sim = self.sim.lock().unwrap();
         self.copy = sim.slots.iter().map(|slot| slot.contents.clone()).collect();
@@ -154,8 +168,7 @@ impl World {
     fn drop_page(&self, (slot, page): Page) {
         let mut sim = self.sim.lock().unwrap();
         sim.write((slot, page));
-        let host_writes = self.layer.slots()[slot].slot().host_writes();
-        host_writes.mark_dirty(page << PAGE_SHIFT, 1);
+        self.slots[slot].host_writes().mark_dirty(page << PAGE_SHIFT, 1);
     }
 
     /// A page that the host has changed behind the protection's back, which stays.
@@ -164,20 +177,16 @@ impl World {
         let was = sim.slots[slot].protected[page];
         sim.write((slot, page));
         sim.slots[slot].protected[page] = was;
-        self.layer.slots()[slot].slot().host_writes().mark_dirty(page << PAGE_SHIFT, 1);
+        self.slots[slot].host_writes().mark_dirty(page << PAGE_SHIFT, 1);
     }
 
     /// A harvest that copies what it gets, after a moment in which the guest writes on. Returns what it reported.
     fn harvest(&mut self, commit: bool, later: Option<Page>) -> Result<BTreeSet<Page>, TrackerError> {
-        self.layer.collect(&mut self.owed, true)?;
+        self.layer.collect(&mut self.owed)?;
         let harvest = self.owed.lend();
         let mut sim = self.sim.lock().unwrap();
         later.into_iter().for_each(|page| sim.write(page));
-        let page = |gfn: Gfn| {
-            let slot = (0..SIZES.len()).rfind(|&slot| base(slot) <= gfn.0).unwrap();
-            (slot, (gfn.0 - base(slot)) as usize)
-        };
-        let pages: BTreeSet<_> = harvest.runs().flat_map(|run| run.iter()).map(page).collect();
+        let pages = LAYOUT.pages(harvest.runs());
         if commit {
             for &(slot, page) in &pages {
                 self.copy[slot][page] = sim.slots[slot].contents[page];
@@ -195,6 +204,11 @@ enum Op {
     WriteElsewhere(Page),
     Harvest { racing: Vec<Page>, fails_in: Option<usize>, commit: bool, later: Option<Page> },
     Rearm { racing: Vec<Page>, fails_in: Option<usize> },
+    SetSlots { wish: Vec<Wish>, racing: Vec<Page>, fails_in: Option<usize> },
+}
+
+fn simulated(slots: &[Slot]) -> Vec<WpSlot> {
+    slots.iter().map(|slot| WpSlot::simulated(slot.clone(), PageSize::K4)).collect()
 }
 
 fn page() -> impl Strategy<Value = Page> {
@@ -213,6 +227,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (racing(), fails_in(), any::<bool>(), prop::option::of(page()))
             .prop_map(|(racing, fails_in, commit, later)| Op::Harvest { racing, fails_in, commit, later }),
         1 => (racing(), fails_in()).prop_map(|(racing, fails_in)| Op::Rearm { racing, fails_in }),
+        2 => (wishes(SIZES.len()), racing(), fails_in())
+            .prop_map(|(wish, racing, fails_in)| Op::SetSlots { wish, racing, fails_in }),
     ]
 }
 
@@ -228,6 +244,7 @@ proptest! {
         // Changed since the last commit, or in the moment before it.
         let mut changed = BTreeSet::new();
         let mut before = BTreeSet::new();
+        let mut tracked = world.tracked();
         for op in ops {
             match op {
                 Op::Write(page) => world.sim.lock().unwrap().write(page),
@@ -237,6 +254,7 @@ proptest! {
                     {
                         let mut sim = world.sim.lock().unwrap();
                         changed.append(&mut std::mem::take(&mut sim.changed));
+                        changed.retain(|&page| tracked.has(page));
                         sim.racing = racing.into();
                         sim.fails_in = fails_in;
                     }
@@ -248,6 +266,7 @@ proptest! {
                     drop(sim);
                     if let Ok(reported) = outcome {
                         let mut known = &changed | &before;
+                        prop_assert!(reported.iter().all(|&page| tracked.has(page)), "not asked for");
                         prop_assert!(changed.is_subset(&reported), "missed {:?}", &changed - &reported);
                         known.extend(&during);
                         prop_assert!(reported.is_subset(&known), "extra {:?}", &reported - &known);
@@ -258,6 +277,26 @@ proptest! {
                     }
                     before.extend(during);
                 }
+                Op::SetSlots { wish, racing, fails_in } => {
+                    {
+                        let mut sim = world.sim.lock().unwrap();
+                        changed.append(&mut std::mem::take(&mut sim.changed));
+                        sim.racing = racing.into();
+                        sim.fails_in = fails_in;
+                    }
+                    let now = world.set_slots(&wish)?;
+                    let mut sim = world.sim.lock().unwrap();
+                    sim.fails_in = None;
+                    sim.racing.clear();
+                    // What is written meanwhile to a page that stays must be reported.
+                    changed.append(&mut std::mem::take(&mut sim.changed));
+                    changed.retain(|&page| tracked.has(page) && now.has(page));
+                    // Pages that are new may be reported once.
+                    for (slot, run) in now.minus(&tracked).0 {
+                        before.extend(run.map(|page| (slot, page)));
+                    }
+                    tracked = now;
+                }
                 Op::Rearm { racing, fails_in } => {
                     world.layer.disarm().unwrap();
                     world.owed.clear();
@@ -267,7 +306,7 @@ proptest! {
                         sim.fails_in = fails_in;
                     }
                     if world.arm().is_err() {
-                        let registered = |sim: &Sim| sim.slots.iter().any(|slot| slot.registered);
+                        let registered = |sim: &Sim| sim.slots.iter().any(|slot| slot.registered.contains(&true));
                         prop_assert!(!registered(&world.sim.lock().unwrap()), "a failed arm leaves nothing");
                         world.sim.lock().unwrap().racing.clear();
                         world.arm().unwrap();
@@ -283,8 +322,8 @@ proptest! {
         }
         world.harvest(true, None).unwrap();
         let sim = world.sim.lock().unwrap();
-        for (slot, copy) in sim.slots.iter().zip(&world.copy) {
-            prop_assert_eq!(&slot.contents, copy);
+        for (slot, run) in tracked.0 {
+            prop_assert_eq!(&sim.slots[slot].contents[run.clone()], &world.copy[slot][run]);
         }
     }
 }
@@ -302,28 +341,27 @@ fn states_that_make_no_sense_are_typed_errors() {
 fn a_scan_that_makes_no_progress_is_an_error() {
     struct Stuck;
     impl AsyncWp for Stuck {
-        fn register(&mut self, _: usize) -> Result<(), errno::Error> {
+        fn register(&mut self, _: &WpSlot, _: Range<usize>) -> Result<(), errno::Error> {
             Ok(())
         }
-        fn unregister(&mut self, _: usize) -> Result<(), errno::Error> {
+        fn unregister(&mut self, _: &WpSlot, _: Range<usize>) -> Result<(), errno::Error> {
             Ok(())
         }
-        fn protect(&mut self, _: usize, _: Range<usize>) -> Result<(), errno::Error> {
+        fn protect(&mut self, _: &WpSlot, _: Range<usize>) -> Result<(), errno::Error> {
             Ok(())
         }
         fn written(
             &mut self,
-            _: usize,
-            from: usize,
+            _: &WpSlot,
+            pages: Range<usize>,
             _: &mut Vec<Range<usize>>,
         ) -> Result<usize, errno::Error> {
-            Ok(from)
+            Ok(pages.start)
         }
     }
-    let slots = World::new().layer.slots;
-    let mut layer = AsyncLayer::new(Stuck, slots);
+    let mut layer = AsyncLayer::new(Stuck, simulated(&LAYOUT.slots()), HostWrites::Reported);
     let mut owed = layer.owed_set();
     layer.arm().unwrap();
-    let error = layer.collect(&mut owed, true).unwrap_err();
+    let error = layer.collect(&mut owed).unwrap_err();
     assert!(matches!(error, TrackerError::Scan { slot: 0, first: 0, .. }), "{error}");
 }

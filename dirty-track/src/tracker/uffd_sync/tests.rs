@@ -5,41 +5,67 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use proptest::prelude::*;
-use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::*;
 use crate::addr::PAGE_SIZE;
-use crate::region::RegionBitmap;
+use crate::tracker::sim::{Extent, Layout, Page, Wish, check_change};
 
-/// Pages of the one slot: two blocks and a bit, and it begins in the middle of one.
-const PAGES: usize = 1100;
-const FIRST: u64 = 0x300;
+/// Two blocks and a bit, and it begins in the middle of one; and a slot besides.
+const LAYOUT: Layout = Layout { ids: &[7, 3], sizes: &[1100, 70] };
+const PAGES: usize = LAYOUT.sizes[0];
 
 /// What may happen at any time.
 #[derive(Clone, Copy, Debug)]
 enum Op {
     /// A vCPU writes, or goes to sleep at the page.
-    Write(usize),
+    Write(Page),
     /// The handler serves one sleeper.
     Resolve,
     /// A harvest, copying and committing.
     Harvest,
+    /// Other slots, or other pages of them; what is new is copied.
+    SetSlots([Wish; 2]),
 }
 
-#[derive(Default)]
+/// One number for each page of each slot.
+type Pages<T> = RefCell<Vec<Vec<T>>>;
+
+fn pages<T: Clone>(value: T) -> Pages<T> {
+    RefCell::new(LAYOUT.sizes.iter().map(|&pages| vec![value.clone(); pages]).collect())
+}
+
 struct World {
-    protected: RefCell<Vec<bool>>,
-    contents: RefCell<Vec<u32>>,
-    copy: RefCell<Vec<u32>>,
+    /// All there are, tracked or not.
+    slots: Vec<Slot>,
+    registered: Pages<bool>,
+    protected: Pages<bool>,
+    contents: Pages<u32>,
+    copy: Pages<u32>,
     /// Pages that a vCPU sleeps at, and whether the handler has yet to be told so.
-    asleep: RefCell<Vec<(usize, bool)>>,
+    asleep: RefCell<Vec<(Page, bool)>>,
     record: RefCell<Option<Rc<Record<SimWp>>>>,
-    harvester: RefCell<Option<Harvester>>,
+    harvester: RefCell<Harvester>,
     /// What comes in between, and after how many more steps.
     intruder: Cell<Option<(usize, Op)>>,
     fails_in: Cell<Option<usize>>,
-    /// Pages reported, and pages written, since the last commit.
+    /// Pages reported that had not been written, and harvests that failed.
     reported_clean: Cell<usize>,
+    failed: Cell<usize>,
+}
+
+impl World {
+    fn tracked(harvester: &Harvester) -> Extent {
+        LAYOUT.tracked(harvester.slots.iter().map(WpSlot::slot))
+    }
+
+    /// Whether the copy of what is tracked has all of `contents`, or, if it is to be `newest`, is equal.
+    fn has_all(&self, tracked: &Extent, contents: &[Vec<u32>], newest: bool) -> bool {
+        let copy = self.copy.borrow();
+        tracked.0.iter().all(|(slot, run)| {
+            let mut both = contents[*slot][run.clone()].iter().zip(&copy[*slot][run.clone()]);
+            both.all(|(contents, copy)| contents == copy || contents < copy && !newest)
+        })
+    }
 }
 
 #[derive(Clone)]
@@ -68,95 +94,143 @@ impl SimWp {
 }
 
 impl SyncWp for SimWp {
-    fn protect(&self, _: usize, pages: Range<usize>) -> Result<(), errno::Error> {
+    fn register(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
         self.call()?;
-        self.0.protected.borrow_mut()[pages].fill(true);
+        self.0.registered.borrow_mut()[LAYOUT.index(slot.slot())][pages].fill(true);
         self.step();
         Ok(())
     }
 
-    fn open(&self, _: usize, pages: Range<usize>) -> Result<(), errno::Error> {
+    fn unregister(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
         self.call()?;
-        self.0.protected.borrow_mut()[pages.clone()].fill(false);
-        self.wake(0, pages);
+        let slot = LAYOUT.index(slot.slot());
+        self.0.registered.borrow_mut()[slot][pages.clone()].fill(false);
+        self.0.protected.borrow_mut()[slot][pages].fill(false);
+        self.step();
+        Ok(())
+    }
+
+    fn protect(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        self.change(slot, pages, true)
+    }
+
+    fn open(&self, slot: &WpSlot, pages: Range<usize>) -> Result<(), errno::Error> {
+        self.change(slot, pages.clone(), false)?;
+        self.wake(slot, pages);
         self.step();
         Ok(())
     }
 
     /// Whoever wakes writes, or goes to sleep again.
-    fn wake(&self, _: usize, pages: Range<usize>) {
-        let awake: Vec<_> =
-            self.0.asleep.borrow_mut().extract_if(.., |(page, _)| pages.contains(page)).collect();
+    fn wake(&self, slot: &WpSlot, pages: Range<usize>) {
+        let slot = LAYOUT.index(slot.slot());
+        let here = |page: &Page| page.0 == slot && pages.contains(&page.1);
+        let awake: Vec<_> = self.0.asleep.borrow_mut().extract_if(.., |(page, _)| here(page)).collect();
         awake.into_iter().for_each(|(page, _)| run(&self.0, Op::Write(page)));
     }
 }
 
+impl SimWp {
+    fn change(&self, slot: &WpSlot, pages: Range<usize>, protect: bool) -> Result<(), errno::Error> {
+        self.call()?;
+        let slot = LAYOUT.index(slot.slot());
+        if self.0.registered.borrow()[slot][pages.clone()].contains(&false) {
+            return Err(errno::Error::new(libc::ENOENT));
+        }
+        self.0.protected.borrow_mut()[slot][pages].fill(protect);
+        if protect {
+            self.step();
+        }
+        Ok(())
+    }
+}
+
+fn simulated(slots: &[Slot]) -> Vec<WpSlot> {
+    slots.iter().map(|slot| WpSlot::simulated(slot.clone(), PageSize::K4)).collect()
+}
+
+/// Everything is tracked, and protected.
 fn world(unit: PageSize) -> Rc<World> {
-    let region = GuestRegionMmap::<RegionBitmap>::from_range(
-        GuestAddress(FIRST * PAGE_SIZE),
-        PAGES * PAGE_SIZE as usize,
-        None,
-    );
-    let slot = WpSlot::simulated(Slot::of_region(0, 0, &region.unwrap()), PageSize::K4);
+    let slots = LAYOUT.slots();
+    let tracked = simulated(&slots);
     let world = Rc::new(World {
-        protected: RefCell::new(vec![true; PAGES]),
-        contents: RefCell::new(vec![0; PAGES]),
-        copy: RefCell::new(vec![0; PAGES]),
-        ..World::default()
+        registered: pages(true),
+        protected: pages(true),
+        contents: pages(0),
+        copy: pages(0),
+        asleep: RefCell::default(),
+        record: RefCell::default(),
+        harvester: RefCell::new(Harvester::new(tracked.clone())),
+        intruder: Cell::default(),
+        fails_in: Cell::default(),
+        reported_clean: Cell::default(),
+        failed: Cell::default(),
+        slots,
     });
-    *world.harvester.borrow_mut() = Some(Harvester::new(std::slice::from_ref(&slot)));
-    *world.record.borrow_mut() = Some(Rc::new(Record::new(SimWp(Rc::clone(&world)), vec![slot], unit)));
+    let record = Record::new(SimWp(Rc::clone(&world)), unit);
+    record.set_slots(&tracked);
+    *world.record.borrow_mut() = Some(Rc::new(record));
     world
 }
 
 /// Does `op`, or leaves it when it would have to wait for a turn.
 fn run(world: &Rc<World>, op: Op) {
     let record = Rc::clone(world.record.borrow().as_ref().unwrap());
-    match op {
-        Op::Write(page) => {
-            if world.protected.borrow()[page] {
-                world.asleep.borrow_mut().push((page, true));
-            } else {
-                world.contents.borrow_mut()[page] += 1;
-            }
+    if let Op::Write(page) = op {
+        let (slot, index) = page;
+        if world.protected.borrow()[slot][index] {
+            world.asleep.borrow_mut().push((page, true));
+        } else {
+            world.contents.borrow_mut()[slot][index] += 1;
         }
+        return;
+    }
+    if record.turn.try_lock().is_err() {
+        return;
+    }
+    match op {
+        Op::Write(_) => {}
         Op::Resolve => {
-            if record.turn.try_lock().is_err() {
-                return;
-            }
             // Each message is delivered once.
             let message = world
                 .asleep
                 .borrow_mut()
                 .iter_mut()
                 .find_map(|(page, untold)| std::mem::take(untold).then_some(*page));
-            if let Some(page) = message {
-                record.resolve(record.slots[0].hva(page) + 0x7f8);
+            if let Some((slot, page)) = message {
+                record.resolve(world.slots[slot].hva() + (page as u64 * PAGE_SIZE) + 0x7f8);
             }
         }
         Op::Harvest => {
-            if record.turn.try_lock().is_err() {
-                return;
-            }
             let Ok(mut harvester) = world.harvester.try_borrow_mut() else { return };
-            let harvester = harvester.as_mut().unwrap();
             let before = world.contents.borrow().clone();
             if harvester.collect(&record).is_err() {
+                world.failed.set(world.failed.get() + 1);
                 return;
             }
+            let tracked = World::tracked(&harvester);
             let harvest = harvester.owed.lend();
-            let contents = world.contents.borrow();
-            let mut copy = world.copy.borrow_mut();
-            for gfn in harvest.runs().flat_map(|run| run.iter()) {
-                let page = (gfn.0 - FIRST) as usize;
-                world
-                    .reported_clean
-                    .set(world.reported_clean.get() + usize::from(copy[page] == contents[page]));
-                copy[page] = contents[page];
+            for (slot, page) in LAYOUT.pages(harvest.runs()) {
+                assert!(tracked.has((slot, page)), "not asked for");
+                let contents = world.contents.borrow()[slot][page];
+                let copied = std::mem::replace(&mut world.copy.borrow_mut()[slot][page], contents);
+                world.reported_clean.set(world.reported_clean.get() + usize::from(copied == contents));
             }
             harvest.commit();
             // This may have been the last harvest, with all vCPUs stopped.
-            assert!(before.iter().zip(&*copy).all(|(before, copy)| before <= copy), "a write is missing");
+            assert!(world.has_all(&tracked, &before, false), "a write is missing");
+        }
+        Op::SetSlots(wish) => {
+            let Ok(mut harvester) = world.harvester.try_borrow_mut() else { return };
+            let before = World::tracked(&harvester);
+            let wished = LAYOUT.wished(&world.slots, &wish);
+            let outcome = harvester.set_slots(&record, simulated(&wished));
+            let now = World::tracked(&harvester);
+            check_change(&outcome, &before, &LAYOUT.tracked(&wished), &now).unwrap();
+            for (slot, run) in now.minus(&before).0 {
+                let contents = &world.contents.borrow()[slot][run.clone()];
+                world.copy.borrow_mut()[slot][run].copy_from_slice(contents);
+            }
         }
     }
 }
@@ -164,10 +238,21 @@ fn run(world: &Rc<World>, op: Op) {
 fn op() -> impl Strategy<Value = Op> {
     // Few different pages, some of them in the same block.
     let page = prop::sample::select(vec![0usize, 1, 63, 64, 255, 256, 300, 800, PAGES - 1]);
+    let wish = prop::sample::select(vec![
+        Wish::Nothing,
+        Wish::All,
+        Wish::All,
+        Wish::Ends(15, 0),
+        Wish::Ends(60, 60),
+        Wish::Ends(0, 150),
+    ]);
     prop_oneof![
-        3 => page.prop_map(Op::Write),
+        3 => (prop::bool::weighted(0.2), page).prop_map(|(other, page)| {
+            Op::Write(if other { (1, page % LAYOUT.sizes[1]) } else { (0, page) })
+        }),
         3 => Just(Op::Resolve),
         2 => Just(Op::Harvest),
+        1 => (wish.clone(), wish).prop_map(|(one, other)| Op::SetSlots([one, other])),
     ]
 }
 
@@ -198,9 +283,12 @@ proptest! {
             run(&world, Op::Resolve);
         }
         world.fails_in.set(None);
+        world.failed.set(0);
         run(&world, Op::Harvest);
         run(&world, Op::Harvest);
-        prop_assert_eq!(&*world.contents.borrow(), &*world.copy.borrow());
+        prop_assert_eq!(world.failed.get(), 0);
+        let tracked = World::tracked(&world.harvester.borrow());
+        prop_assert!(world.has_all(&tracked, &world.contents.borrow(), true));
         break_link(&world);
     }
 }
@@ -208,23 +296,22 @@ proptest! {
 /// The vCPUs are stopped in the middle of anything: one harvest is enough to have everything that was written.
 #[test]
 fn one_harvest_has_all_that_was_written_before_it() {
-    for intruder in [Op::Harvest, Op::Write(1), Op::Write(2), Op::Resolve] {
+    let others = Op::SetSlots([Wish::Ends(80, 80), Wish::Nothing]);
+    for intruder in [Op::Harvest, Op::Write((0, 1)), Op::Write((0, 2)), Op::Resolve, others] {
         for step in 0..8 {
             for main in [Op::Resolve, Op::Harvest] {
                 let world = world(PageSize::M2);
                 for page in [0, 300, 800] {
-                    run(&world, Op::Write(page));
+                    run(&world, Op::Write((0, page)));
                 }
                 run(&world, Op::Resolve);
                 world.intruder.set(Some((step, intruder)));
                 run(&world, main);
                 world.intruder.set(None);
                 run(&world, Op::Harvest);
-                assert_eq!(
-                    *world.contents.borrow(),
-                    *world.copy.borrow(),
-                    "{main:?}, {intruder:?} after {step}"
-                );
+                let tracked = World::tracked(&world.harvester.borrow());
+                let all = world.has_all(&tracked, &world.contents.borrow(), true);
+                assert!(all, "{main:?}, {intruder:?} after {step}");
                 break_link(&world);
             }
         }
@@ -236,9 +323,9 @@ fn a_page_is_reported_once_for_each_epoch_it_is_written_in() {
     let world = world(PageSize::K4);
     for _ in 0..5 {
         for page in [0, 64, PAGES - 1] {
-            run(&world, Op::Write(page));
+            run(&world, Op::Write((0, page)));
             run(&world, Op::Resolve);
-            run(&world, Op::Write(page));
+            run(&world, Op::Write((0, page)));
         }
         run(&world, Op::Harvest);
         run(&world, Op::Harvest);
@@ -251,15 +338,18 @@ fn a_page_is_reported_once_for_each_epoch_it_is_written_in() {
 #[test]
 fn what_is_noted_crosses_parts() {
     let part = |pages: Range<usize>| Part { written: DirtyBitmap::new(pages.len()), pages };
-    let world = world(PageSize::K4);
-    let mut record = Rc::into_inner(world.record.take().unwrap()).unwrap();
-    record.parts[0] = vec![part(0..100), part(100..600), part(600..PAGES)];
-    for (pages, counts) in
+    let mut opened = Opened::new(&simulated(&LAYOUT.slots())[0]);
+    opened.parts = vec![part(0..100), part(100..600), part(600..PAGES)];
+    let counts = |opened: &Opened| opened.parts.iter().map(|part| part.written.count()).collect::<Vec<_>>();
+    for (pages, noted) in
         [(0..1, [1, 0, 0]), (99..101, [1, 1, 0]), (50..700, [50, 500, 100]), (600..601, [0, 0, 1])]
     {
-        record.note(0, &pages);
-        let found: Vec<_> = record.parts[0].iter().map(|part| part.written.count()).collect();
-        assert_eq!(found, counts, "{pages:?}");
-        record.clear();
+        opened.note(&pages);
+        assert_eq!(counts(&opened), noted, "{pages:?}");
+        opened.parts.iter().for_each(|part| part.written.clear_range(0..part.pages.len()));
     }
+    opened.note(&(0..PAGES));
+    opened.slot = opened.slot.choosing(Chosen::of(&[90..101, 500..501, 599..PAGES], PAGES));
+    opened.forget_others();
+    assert_eq!(counts(&opened), [10, 3, PAGES - 600]);
 }
