@@ -14,9 +14,9 @@ use crate::machine::{Machine, Writer, frames, kvm, skip};
 /// One that stays, one that goes and one that comes.
 const SLOTS: [(Gfn, u64); 3] = [(Gfn(0x400), 0x400), (Gfn(0x1000), 0x210), (Gfn(0x2000), 0x250)];
 
-type Made = Result<Box<dyn Tracker>, TrackerError>;
+type Make = fn(&Machine, Vec<Slot>) -> Result<Box<dyn Tracker>, TrackerError>;
 
-const TRACKERS: [(&str, fn(&Machine, Vec<Slot>) -> Made); 8] = [
+const TRACKERS: [(&str, Make); 8] = [
     ("kvm-bitmap", |machine, slots| Ok(Box::new(KvmBitmap::new(machine.vm.clone(), slots)?))),
     ("kvm-manual", |machine, slots| Ok(Box::new(KvmManual::new(machine.vm.clone(), slots)?))),
     ("kvm-manual, dense-skip", |machine, slots| {
