@@ -3,7 +3,9 @@
 //!
 //! `SOAK=N` repeats each plan with N times the epochs; see the README.
 
+use dirty_track::addr::PageSize;
 use dirty_track::conformance::{self, Failure, Plan, Report};
+use dirty_track::rearm::{DenseSkip, Rearm};
 use dirty_track::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
 use tests::conformance::{Guest, config, start};
 use tests::hugetlb::Reserved;
@@ -51,8 +53,9 @@ const CASES_IN_RIG: usize = 2;
 /// Entries of a dirty ring: few, so that it fills up.
 const RING_ENTRIES: u32 = 1024;
 
-/// Runs `case` and says what came of it.
-fn run(case: &Case, kind: Kind, plan: &Plan) -> Result<Report, Box<dyn std::error::Error>> {
+/// Runs `case` and says what came of it. `track` names a tracker.
+fn run(case: &Case, track: &TrackConfig, plan: &Plan) -> Result<Report, Box<dyn std::error::Error>> {
+    let kind = track.kind.expect("the tracker is named");
     let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared };
     let cmdline = format!("{} passes=0 verify=on", case.cmdline);
     let mut config = config(&cmdline, case.cpus, memory);
@@ -61,9 +64,11 @@ fn run(case: &Case, kind: Kind, plan: &Plan) -> Result<Report, Box<dyn std::erro
     let disk = directory.path().join("disk");
     config.disks.push(virtio_disk::make(&disk)?);
     let machine = start(config);
-    let mut tracker = machine.tracker(kind, &TrackConfig::default())?;
-    // The guarantees that the suite enforces are those of the table that users see.
-    assert_eq!(tracker.guarantees(), kind.guarantees(backing(memory)), "{kind}");
+    let mut tracker = machine.tracker(kind, track)?;
+    // The guarantees that the suite enforces are those of the table that users see; but for the unit asked for.
+    let table = kind.guarantees(backing(memory));
+    let table = Guarantees { granularity: table.granularity.max(track.unit), ..table };
+    assert_eq!(tracker.guarantees(), table, "{kind}");
     let mut guest = Guest::with_disk(&machine, &disk);
     let report = conformance::run(&mut guest, &mut *tracker, plan)?;
     guest.end_well();
@@ -76,38 +81,43 @@ fn soak() -> u32 {
 
 /// Every case, as often as asked for.
 fn conforms(kind: Kind) {
-    let test = format!("{kind} conforms");
+    conform(&format!("{kind} conforms"), &kind.into(), &CASES, CASES_IN_RIG);
+}
+
+/// The `cases`, just so many `in_rig`.
+fn conform(test: &str, track: &TrackConfig, cases: &[Case], in_rig: usize) {
+    let kind = track.kind.expect("the tracker is named");
     if let Err(error) = open_kvm() {
-        return skip::skip(&test, &error.to_string());
+        return skip::skip(test, &error.to_string());
     }
     let facts = facts(&host::probe());
     if let Some(lacks) = kind.lacks(&facts) {
-        return skip::skip(&test, &format!("this host lacks {lacks}"));
+        return skip::skip(test, &format!("this host lacks {lacks}"));
     }
-    let cases = if e2e::images().is_some() { &CASES[..CASES_IN_RIG] } else { &CASES };
+    let cases = if e2e::images().is_some() { &cases[..in_rig] } else { cases };
     let mut reported = 0;
     for (seed, case) in (1..).zip(cases) {
         if case.cmdline.contains("ring=0")
             && kind.caveat(&facts).is_some_and(|caveat| caveat.contains("ring 3 only"))
         {
-            skip::skip(&test, "writes in ring 0: not on this host, as the table of trackers says");
+            skip::skip(test, "writes in ring 0: not on this host, as the table of trackers says");
             continue;
         }
-        reported += conforms_in(kind, case, seed);
+        reported += conforms_in(track, case, seed);
     }
-    println!("{kind}: {reported} pages reported, none missed");
+    println!("{test}: {reported} pages reported, none missed");
 }
 
 /// One case; the number of pages reported.
-fn conforms_in(kind: Kind, case: &Case, seed: u64) -> u64 {
+fn conforms_in(track: &TrackConfig, case: &Case, seed: u64) -> u64 {
     let times = soak();
     let plan = Plan { seed, sharp: 3 * times, racing: 6 * times, ..Plan::default() };
-    match run(case, kind, &plan) {
+    match run(case, track, &plan) {
         Ok(report) => {
-            println!("{kind}: {case:?}: {report}");
+            println!("{track:?}: {case:?}: {report}");
             report.reported
         }
-        Err(failure) => panic!("{kind}: {case:?}: {failure}"),
+        Err(failure) => panic!("{track:?}: {case:?}: {failure}"),
     }
 }
 
@@ -129,6 +139,20 @@ fn kvm_ring_conforms() {
 #[test]
 fn uffd_sync_conforms() {
     conforms(Kind::UffdSync);
+}
+
+#[test]
+fn uffd_sync_by_blocks_conforms() {
+    let track = TrackConfig { unit: PageSize::M2, ..Kind::UffdSync.into() };
+    conform("uffd-sync by 2M conforms", &track, &CASES[..2], 1);
+}
+
+#[test]
+fn kvm_manual_with_dense_skip_conforms() {
+    let rearm = Rearm::DenseSkip(DenseSkip::new(64, 2).expect("in range"));
+    let track = TrackConfig { rearm, ..Kind::KvmManual.into() };
+    // One guest has dense blocks, the other has none.
+    conform("kvm-manual with dense-skip conforms", &track, &[CASES[2], CASES[0]], 1);
 }
 
 #[test]
@@ -159,7 +183,11 @@ fn all_conform_over_hugetlb() {
             continue;
         }
         for shared in [false, true] {
-            conforms_in(kind, &case("workload=rand region=16M", 2, HugePages::Hugetlb2M, shared), seed);
+            conforms_in(
+                &kind.into(),
+                &case("workload=rand region=16M", 2, HugePages::Hugetlb2M, shared),
+                seed,
+            );
         }
     }
 }
