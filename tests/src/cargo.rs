@@ -27,24 +27,24 @@ pub enum Error {
     NoExecutable(String, String),
 }
 
-/// The release build of the `vmm` command: `$VMM_BINARY` if that is set (it is in the rig), or else built on
+/// The optimised build of the `vmm` command: `$VMM_BINARY` if that is set (it is in the rig), or else built on
 /// the first call.
 pub fn vmm_binary() -> Result<PathBuf, Error> {
     match env::var_os(VMM_ENV) {
         Some(path) => Ok(path.into()),
-        None => executable(&["build", "--release", "-p", "vmm", "--bin", "vmm"], "vmm"),
+        None => executable(&["build", "--profile", "tested", "-p", "vmm", "--bin", "vmm"], "vmm"),
     }
 }
 
-/// The release build of the memory stressor that goes into Linux guests.
+/// The optimised build of the memory stressor that goes into Linux guests.
 pub fn memstress_binary() -> Result<PathBuf, Error> {
-    executable(&["build", "--release", "-p", "tests", "--bin", "memstress"], "memstress")
+    executable(&["build", "--profile", "tested", "-p", "tests", "--bin", "memstress"], "memstress")
 }
 
-/// The release build of the integration test `name` of the workspace: unoptimised, what checks the guests takes
+/// The optimised build of the integration test `name` of the workspace: unoptimised, what checks the guests takes
 /// longer in the rig than the build.
 pub fn test_binary(name: &str) -> Result<PathBuf, Error> {
-    executable(&["test", "--release", "--workspace", "--test", name, "--no-run"], name)
+    executable(&["test", "--profile", "tested", "--workspace", "--test", name, "--no-run"], name)
 }
 
 /// Runs cargo once per process for each set of arguments.
