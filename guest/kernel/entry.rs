@@ -31,6 +31,8 @@ unsafe extern "C" {
     pub(crate) fn enter_ring0();
     /// Continues the caller in ring 3. To be called in ring 0.
     pub(crate) fn enter_ring3();
+    /// The same with interrupts enabled. None is handled, so every source must be masked, as in a machine just made.
+    pub(crate) fn enter_ring3_interruptible();
     /// First byte of the image.
     pub(crate) static image_start: u8;
     /// One past the last byte of the image, its zeroed part and stacks included.
@@ -150,13 +152,18 @@ enter_ring0:
     ud2
     ret
 
+    .globl enter_ring3_interruptible
+enter_ring3_interruptible:
+    movl $0x202, %edx
+    jmp 1f
     .globl enter_ring3
 enter_ring3:
-    popq %rax
+    movl $2, %edx
+1:  popq %rax
     movq %rsp, %rcx
     pushq $0x23
     pushq %rcx
-    pushq $2
+    pushq %rdx
     pushq $0x2b
     pushq %rax
     iretq

@@ -111,6 +111,9 @@ extern "C" fn primary_start(start_info: u64) -> ! {
             give_up(Line::new("error").bytes("bad_value", word).text("expected", expected))
         }
     };
+    if config.interrupts {
+        trap::enable_interrupts();
+    }
     let tsc_khz = clock::tsc_khz(&config);
     if tsc_khz == 0 && config.rate.is_some_and(|rate| rate > 0) {
         give_up(
@@ -158,8 +161,12 @@ extern "C" fn primary_start(start_info: u64) -> ! {
 /// Every other vCPU in ring 3, straight from [`entry`].
 #[unsafe(no_mangle)]
 extern "C" fn secondary_start(cpu: u32) -> ! {
+    let machine = MACHINE.get();
+    if machine.config.interrupts {
+        trap::enable_interrupts();
+    }
     smp::arrive();
-    work::run(MACHINE.get(), cpu);
+    work::run(machine, cpu);
     ENDED.fetch_add(1, SeqCst);
     smp::sleep()
 }

@@ -98,7 +98,7 @@ pub(crate) fn begin_together(cpus: u32, cpu: u32) {
 
 /// The end of a vCPU other than 0.
 pub(crate) fn sleep() -> ! {
-    // SAFETY: interrupts are off, so nothing ends the halt but an NMI.
+    // SAFETY: nothing was ever allowed to interrupt, so nothing ends the halt but an NMI.
     unsafe {
         entry::enter_ring0();
         loop {

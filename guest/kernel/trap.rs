@@ -1,4 +1,4 @@
-//! Exceptions: the table of entry points, and the end of a run by one that nobody expected.
+//! Exceptions: the table of entry points, and the end of a run by one that nobody expected. No interrupt is handled.
 
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -48,6 +48,15 @@ extern "C" fn exception(frame: &Frame) -> ! {
         .number("cpu", entry::cpu_of_stack(&raw const *frame as u64) as u64)
         .end();
     finish(status::EXCEPTION)
+}
+
+/// Enables interrupts on this vCPU, in ring 3 and whenever it goes to ring 0 from there.
+pub(crate) fn enable_interrupts() {
+    // SAFETY: everything is mapped alike in both rings, and nothing was ever allowed to interrupt.
+    unsafe {
+        entry::enter_ring0();
+        entry::enter_ring3_interruptible();
+    }
 }
 
 /// Comes to grief as asked.

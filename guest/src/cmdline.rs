@@ -85,6 +85,8 @@ pub struct Config {
     pub around: u64,
     /// `ring=`: whether the workload runs in ring 0.
     pub ring0: bool,
+    /// `interrupts=`: enable interrupts, though none is asked for.
+    pub interrupts: bool,
     /// `populate=`: touch every page of the region before the workload begins, changing nothing.
     pub populate: bool,
     /// `barrier=`: ring the doorbell at the end of every pass.
@@ -125,6 +127,7 @@ impl Config {
         map: Mapping::Huge,
         around: 1,
         ring0: false,
+        interrupts: false,
         populate: false,
         barrier: false,
         verify: false,
@@ -188,6 +191,7 @@ impl Config {
                     _ => return Err("0 or 3"),
                 }
             }
+            b"interrupts" => self.interrupts = switch(value)?,
             b"populate" => self.populate = switch(value)?,
             b"barrier" => self.barrier = switch(value)?,
             b"verify" => self.verify = switch(value)?,
@@ -310,7 +314,8 @@ mod tests {
     fn every_key_is_taken() {
         let config = parse(
             "workload=zipf region=1G pages=7 passes=3 rate=5M/s seed=9 reads=30 stride=2 hot=5 cpus=4 \
-             tsc_khz=2100000 map=lazy around=16 ring=0 populate=on barrier=on verify=on latency=on quiet=on crash=halt",
+             tsc_khz=2100000 map=lazy around=16 ring=0 interrupts=on populate=on barrier=on verify=on latency=on \
+             quiet=on crash=halt",
         );
         let expected = Config {
             workload: Workload::Zipf,
@@ -327,6 +332,7 @@ mod tests {
             map: Mapping::Lazy,
             around: 16,
             ring0: true,
+            interrupts: true,
             populate: true,
             barrier: true,
             verify: true,
@@ -405,6 +411,7 @@ mod tests {
             "around=3",
             "around=1024",
             "ring=1",
+            "interrupts=yes",
             "barrier=yes",
             "verify=",
             "latency=1",
