@@ -12,19 +12,21 @@ use vmm::machine::{Machine, MachineConfig, Paused};
 use vmm::memory::MemoryConfig;
 use vmm::timing::Timing;
 
+use crate::e2e;
 use crate::virtio_disk::Driver;
 
 /// How long a guest may make no progress before a test gives up on it.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A machine with the built-in guest under `cmdline`.
+/// A machine with the built-in guest under `cmdline` and what [`e2e::GUEST_ENV`] says.
 pub fn config(cmdline: &str, cpus: u8, memory: MemoryConfig) -> MachineConfig {
+    let besides = std::env::var(e2e::GUEST_ENV).unwrap_or_default();
     MachineConfig {
         memory,
         cpus,
         kernel: Kernel::BuiltIn,
         initrd: None,
-        cmdline: format!("{cmdline} quiet=on"),
+        cmdline: format!("{cmdline} quiet=on {besides}"),
         disks: Vec::new(),
         rng: false,
         console: Box::new(io::sink()),

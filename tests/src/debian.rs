@@ -164,11 +164,11 @@ impl Archive {
         fs::remove_dir_all(&staging).map_err(io_error("remove", &staging))
     }
 
-    /// Downloads `name` and everything it needs to run, and unpacks all of it into `tree`. Packages come from
-    /// the backports if `backports`, else from the release itself. Returns the version of `name`.
+    /// Downloads the packages `names` and everything they need to run, and unpacks all of it into `tree`. Packages come
+    /// from the backports if `backports`, else from the release itself. Returns the version of the first name.
     pub fn unpack_with_dependencies(
         &self,
-        name: &str,
+        names: &[&str],
         backports: bool,
         tree: &Path,
     ) -> Result<String, Error> {
@@ -176,8 +176,9 @@ impl Archive {
         self.remove_downloads()?;
         let target = if backports { format!("{}-backports", self.release) } else { self.release.clone() };
         let install = ["-q", "-y", "--download-only", "--no-install-recommends", "install"];
-        run(self.apt("apt-get").args(["-t", &target]).args(install).arg(name))?;
+        run(self.apt("apt-get").args(["-t", &target]).args(install).args(names))?;
         unpack_all(&self.archives, tree)?;
+        let name = names.first().copied().unwrap_or_default();
         let deb = debs_in(&self.archives)?
             .into_iter()
             .find(|d| d.file_name().is_some_and(|f| f.to_string_lossy().starts_with(&format!("{name}_"))))

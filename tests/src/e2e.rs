@@ -1,31 +1,19 @@
 //! The end-to-end tests as a payload: the same test executable that runs on this machine, run in the rig.
 
-use std::path::PathBuf;
-
 use crate::cargo;
-use crate::recipe;
 use crate::rig::{Payload, quote};
-use crate::store::Store;
 
 /// Names the `vmm` executable that tests use, where there is no cargo to build it.
 pub const VMM_ENV: &str = "VMM_BINARY";
 
-/// Names the directory with a stock Linux guest: `vmlinux`, `bzImage`, `initramfs`. Set in the rig.
-pub const IMAGES_ENV: &str = "VMM_IMAGES";
+/// Set in a rig, where everything takes a hundred times as long.
+pub const RIG_ENV: &str = "IN_RIG";
 
-/// Where the rig places that guest.
+/// Words that every built-in guest of these tests gets besides, e.g. `interrupts=on`. Set in a rig that needs them.
+pub const GUEST_ENV: &str = "GUEST_CMDLINE";
+
+/// Where a rig places a stock Linux guest: `vmlinux`, `bzImage`, `initramfs`.
 pub const IMAGES: &str = "/images";
-
-/// Why the payload could not be put together.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A build failed.
-    #[error(transparent)]
-    Cargo(#[from] cargo::Error),
-    /// The Linux guest could not be made.
-    #[error(transparent)]
-    Recipe(#[from] recipe::Error),
-}
 
 /// Adds `vmm`, in release mode, as a command.
 pub fn with_vmm(payload: Payload) -> Result<Payload, cargo::Error> {
@@ -35,22 +23,51 @@ pub fn with_vmm(payload: Payload) -> Result<Payload, cargo::Error> {
 /// The integration tests that need KVM and nothing else, so that they run on this machine and in the rig alike.
 pub const HARNESSES: [&str; 4] = ["e2e", "cli", "kvm", "conformance"];
 
-/// `vmm`, a stock Linux guest and the test executables `harnesses`, each of which runs with `arguments`; the exit
-/// status is that of the last that fails.
-pub fn payload(store: &Store, harnesses: &[&str], arguments: &[String]) -> Result<Payload, Error> {
-    let arguments: String = arguments.iter().map(|a| format!(" {}", quote(a))).collect();
-    let mut script = format!("export {VMM_ENV}=/bin/vmm {IMAGES_ENV}={IMAGES} CI=true\nfailed=0\n");
+/// What runs on EPT, where the emulator is ten times slower again: each way of tracking under the conformance suite, and
+/// those of the end-to-end tests that are about how KVM maps memory.
+pub const ON_EPT: [(&str, &[&str]); 2] = [
+    (
+        "conformance",
+        &[
+            "--exact",
+            "kvm_bitmap_conforms",
+            "kvm_manual_conforms",
+            "kvm_ring_conforms",
+            "uffd_async_conforms",
+            "exact_conforms",
+        ],
+    ),
+    (
+        "e2e",
+        &[
+            "--exact",
+            "it_is_so_with_dirty_rings_that_fill_up",
+            "reads_are_all_that_is_reported_beyond_the_ledger",
+            "a_page_dropped_on_purpose_is_missed",
+            "huge_mappings_are_split_by_writes_and_come_back_after_disarm",
+        ],
+    ),
+];
+
+/// `vmm` and test executables, each of which runs with its arguments; the exit status is that of the last that fails.
+pub fn payload<'a, A: AsRef<str>>(
+    harnesses: impl IntoIterator<Item = (&'a str, impl IntoIterator<Item = A>)>,
+) -> Result<Payload, cargo::Error> {
+    let mut script = format!("export {VMM_ENV}=/bin/vmm {RIG_ENV}=true CI=true\nfailed=0\n");
+    script +=
+        "(cd /sys/module; for name in npt ept pml; do grep -s . kvm_*/parameters/$name /dev/null; done)\n";
     let mut payload = with_vmm(Payload::default())?;
-    for name in harnesses {
+    for (name, arguments) in harnesses {
         let path = format!("/tests/{name}");
-        script += &format!("echo running {path}\n{path}{arguments} || failed=$?\n");
+        script += &format!("echo running {path}\n{path}");
+        arguments.into_iter().for_each(|argument| script += &format!(" {}", quote(argument.as_ref())));
+        script += " || failed=$?\n";
         payload = payload.put(path, cargo::test_binary(name)?);
     }
-    let payload = payload.with_script(script + "exit $failed");
-    Ok(recipe::with_linux_guest(payload, store, recipe::DEFAULT_SERIES)?)
+    Ok(payload.with_script(script + "exit $failed"))
 }
 
-/// The directory with the stock Linux guest, if this process runs in the rig.
-pub fn images() -> Option<PathBuf> {
-    std::env::var_os(IMAGES_ENV).map(PathBuf::from)
+/// Whether this process runs in a rig.
+pub fn in_rig() -> bool {
+    std::env::var_os(RIG_ENV).is_some()
 }

@@ -1,5 +1,6 @@
 //! End-to-end tests.
 
+pub mod bochs;
 pub mod cargo;
 pub mod compare;
 pub mod conformance;

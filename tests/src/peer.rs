@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::rig::Payload;
-use crate::store::Qemu;
+use crate::store::{self, Qemu};
 
 /// Where QEMU lies in L1.
 const ROOT: &str = "/qemu";
@@ -68,14 +68,11 @@ impl Qemu {
 
     /// The dynamic loader that belongs to the emulator.
     pub fn loader_path(&self) -> PathBuf {
-        self.tree.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+        store::loader_path(&self.tree)
     }
 
     /// A command that starts the loader with the emulator's libraries; the executable comes next.
     pub fn loader(&self) -> Command {
-        let lib = |dir: &str| self.tree.join(dir).join("x86_64-linux-gnu").display().to_string();
-        let mut command = Command::new(self.loader_path());
-        command.arg("--library-path").arg(format!("{}:{}", lib("lib"), lib("usr/lib")));
-        command
+        store::loader(&self.tree)
     }
 }

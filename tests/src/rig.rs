@@ -1,12 +1,13 @@
-//! The NPT rig: a Linux host with KVM on AMD's nested page tables, on a machine that may have no KVM at all.
+//! The rigs: Linux hosts with KVM on nested page tables, on a machine that may have no KVM at all.
 //!
-//! QEMU's TCG emulates a CPU with SVM; a stock Debian kernel boots on it (L1), loads the mainline `kvm_amd`
-//! and runs what it is given, a monitor for example, whose guest then is L2. So the real KVM code runs, TDP
-//! MMU and eager page splitting included, about a hundred times slower than on hardware. Correctness and
-//! work done count here; figures in seconds compare only with others from the same rig, and TCG flushes its
-//! TLB so often that a missing flush does not show.
+//! An emulator has a CPU with virtualisation; a stock Debian kernel boots on it (L1), loads the mainline KVM module
+//! and runs what it is given, a monitor for example, whose guest then is L2. So the real KVM code runs, TDP MMU
+//! and eager page splitting included. Which emulator decides what the nested page tables are ([`Mmu`]): QEMU's TCG has
+//! AMD's, about a hundred times slower than hardware; [`bochs`] has Intel's, and is ten times slower again.
+//! Correctness and work done count here; figures in seconds compare only with others from the same rig, and emulators
+//! flush their TLBs so often that a missing flush does not show.
 //!
-//! L1 has one CPU. With two, each a thread of the emulator, half of all end-to-end runs end in a triple fault of
+//! L1 has one CPU. With two, each a thread of QEMU's, half of all end-to-end runs end in a triple fault of
 //! L2 (a page fault out of nowhere on one L1 CPU, in page tables that the other walks as before) or with an L1
 //! kernel whose stack was overwritten; with two that take turns in one thread, an L2 with two vCPUs hangs. So
 //! vCPUs alternate here instead of running at once: races are the business of hosts with KVM of their own.
@@ -20,9 +21,11 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::bochs;
+use crate::e2e::GUEST_ENV;
 use crate::initramfs::Initramfs;
 use crate::recipe;
-use crate::store::{self, Qemu, Store};
+use crate::store::{self, Kernel, Qemu, Store};
 use crate::sys;
 
 /// Why something did not run in the rig.
@@ -34,6 +37,9 @@ pub enum Error {
     /// The initramfs could not be made.
     #[error(transparent)]
     Recipe(#[from] recipe::Error),
+    /// What Bochs boots from could not be made.
+    #[error(transparent)]
+    Bochs(#[from] bochs::Error),
     /// A file of this run could not be written or read.
     #[error("cannot {action} {path}: {source}")]
     Io {
@@ -76,12 +82,46 @@ impl Error {
     }
 }
 
+/// What KVM on the L1 host has for its guests' memory, and with it, what emulates the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mmu {
+    /// AMD's nested page tables, under QEMU.
+    Npt,
+    /// Shadow paging on the same CPU.
+    Shadow,
+    /// Intel's extended page tables, under [`bochs`], with its page-modification log or without (`kvm_intel.pml`).
+    Ept {
+        /// The processor logs the pages that it makes dirty; or else KVM write-protects them.
+        pml: bool,
+    },
+}
+
+impl Mmu {
+    /// KVM's module and its parameters.
+    fn module(self) -> (&'static str, &'static str) {
+        match self {
+            Mmu::Npt => ("kvm_amd", "npt=1"),
+            Mmu::Shadow => ("kvm_amd", "npt=0"),
+            Mmu::Ept { pml: true } => ("kvm_intel", bochs::KVM_WITH_PML),
+            Mmu::Ept { pml: false } => ("kvm_intel", bochs::KVM_WITHOUT_PML),
+        }
+    }
+
+    /// What a script has to begin with.
+    fn environment(self) -> String {
+        match self {
+            Mmu::Npt | Mmu::Shadow => String::new(),
+            Mmu::Ept { .. } => format!("export {GUEST_ENV}={}\n", bochs::GUEST),
+        }
+    }
+}
+
 /// How the L1 host is made.
 #[derive(Clone, Debug)]
 pub struct Host {
     /// Series of its stock kernel: `6.12`, `6.1`, `7.2`.
     pub kernel: String,
-    /// Its CPUs; more than one is at your risk, see the module.
+    /// Its CPUs; more than one is at your risk, see the module. On EPT it has one.
     pub cpus: u32,
     /// Its memory in MiB. The payload is held in it, twice while it boots.
     pub memory_mib: u32,
@@ -89,8 +129,8 @@ pub struct Host {
     pub tdp_mmu: bool,
     /// Splitting huge mappings when logging starts (`kvm.eager_page_split`).
     pub eager_page_split: bool,
-    /// Nested paging (`kvm_amd.npt`); off selects shadow paging.
-    pub npt: bool,
+    /// Nested paging, and the emulator.
+    pub mmu: Mmu,
     /// Wall-clock limit of a run that nobody watches: a safety net, far above what a run needs.
     pub timeout: Duration,
 }
@@ -103,7 +143,7 @@ impl Default for Host {
             memory_mib: 1536,
             tdp_mmu: true,
             eager_page_split: true,
-            npt: true,
+            mmu: Mmu::Npt,
             timeout: Duration::from_secs(900),
         }
     }
@@ -181,10 +221,16 @@ impl Host {
         payload: &Payload,
         mut on_line: impl FnMut(Instant, &str),
     ) -> Result<Outcome, Error> {
-        let script = format!("exec </dev/null\n{}\n", payload.script);
+        let script = format!("exec </dev/null\n{}{}\n", self.mmu.environment(), payload.script);
         let files = self.write_files(store, payload, &script)?;
-        let mut command = self.emulator(&store.qemu()?, &files);
-        command.args(["-chardev", "stdio,id=console,signal=off"]);
+        let mut command = match self.mmu {
+            Mmu::Npt | Mmu::Shadow => {
+                let mut command = self.qemu(&store.qemu()?, &files);
+                command.args(["-chardev", "stdio,id=console,signal=off"]);
+                command
+            }
+            Mmu::Ept { .. } => self.bochs(&files).command(&store.bochs()?)?,
+        };
         let stderr = File::create(files.stderr()).map_err(io_error("create", &files.stderr()))?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
         let mut emulator = Emulator::start(command)?;
@@ -227,8 +273,12 @@ impl Host {
     }
 
     /// Boots L1 with this process's stdin and stdout as its console, runs the payload there (a shell if the
-    /// script is empty), and returns its exit status. `Ctrl-]` then `x` ends L1 at any moment.
+    /// script is empty), and returns its exit status. `Ctrl-]` then `x` ends L1 at any moment. On EPT nobody can interact:
+    /// the console is shown, and there has to be a script.
     pub fn interact(&self, store: &Store, payload: &Payload) -> Result<i32, Error> {
+        if matches!(self.mmu, Mmu::Ept { .. }) {
+            return Ok(self.run(store, payload, |_, line| println!("{line}"))?.status);
+        }
         // Whoever reads this adds carriage returns if it is a terminal, and wants none if it is a program.
         let mut script = "stty -onlcr\n".to_owned();
         if let Some((rows, columns)) = sys::terminal_size() {
@@ -240,7 +290,7 @@ impl Host {
         let session = format!("{command}\nstatus=$?\nstty opost\nexit $status");
         script += &format!("cd /root\nexec setsid cttyhack sh -c {}\n", quote(&session));
         let files = self.write_files(store, payload, &script)?;
-        let mut command = self.emulator(&store.qemu()?, &files);
+        let mut command = self.qemu(&store.qemu()?, &files);
         command.args(["-chardev", "stdio,id=console,signal=off,mux=on", "-mon", "chardev=console"]);
         command.args(["-echr", "29"]);
         let mut emulator = Emulator::start(command)?;
@@ -253,13 +303,11 @@ impl Host {
     }
 
     fn write_files(&self, store: &Store, payload: &Payload, script: &str) -> Result<RunFiles, Error> {
-        let files = RunFiles::new(store.dir())?;
         let kernel = store.kernel(&self.kernel)?;
         let on_off = |on: bool| if on { "1" } else { "0" };
         let kvm =
             format!("tdp_mmu={} eager_page_split={}", on_off(self.tdp_mmu), on_off(self.eager_page_split));
-        let kvm_amd = format!("npt={}", on_off(self.npt));
-        let mut initrd = recipe::initramfs(store, &kernel, &[("kvm", &kvm), ("kvm_amd", &kvm_amd)])?;
+        let mut initrd = recipe::initramfs(store, &kernel, &[("kvm", &kvm), self.mmu.module()])?;
         let mut archive = Initramfs::new();
         archive.file("/run.sh", 0o755, script.as_bytes());
         for (path, source) in &payload.files {
@@ -269,14 +317,26 @@ impl Host {
             };
         }
         initrd.append(&mut archive.finish());
+        let files = RunFiles::new(store.dir(), kernel)?;
         let path = files.initrd();
         fs::write(&path, initrd).map_err(io_error("write", &path))?;
-        let vmlinux = kernel.vmlinux();
-        Ok(RunFiles { vmlinux, ..files })
+        Ok(files)
     }
 
-    /// The emulator's command line, all but the chardev `console`.
-    fn emulator(&self, qemu: &Qemu, files: &RunFiles) -> Command {
+    /// What Bochs needs.
+    fn bochs<'a>(&self, files: &'a RunFiles) -> bochs::Run<'a> {
+        bochs::Run {
+            dir: files.dir.path(),
+            kernel: &files.kernel,
+            initrd: files.initrd(),
+            cmdline: CMDLINE,
+            memory_mib: self.memory_mib,
+            status: files.status_path(),
+        }
+    }
+
+    /// QEMU's command line, all but the chardev `console`.
+    fn qemu(&self, qemu: &Qemu, files: &RunFiles) -> Command {
         let mut command = qemu.loader();
         command.arg(qemu.executable());
         for firmware in ["usr/share/qemu", "usr/share/seabios"] {
@@ -289,7 +349,7 @@ impl Host {
             .args(["-serial", "chardev:console", "-serial"])
             .arg(format!("file:{}", files.status_path().display()))
             .arg("-kernel")
-            .arg(&files.vmlinux)
+            .arg(files.kernel.vmlinux())
             .arg("-initrd")
             .arg(files.initrd())
             .args(["-append", CMDLINE]);
@@ -314,16 +374,16 @@ fn tail(console: &str) -> String {
 /// The files of one run, in a directory that goes with it.
 struct RunFiles {
     dir: tempfile::TempDir,
-    vmlinux: PathBuf,
+    kernel: Kernel,
 }
 
 impl RunFiles {
-    fn new(store: &Path) -> Result<RunFiles, Error> {
+    fn new(store: &Path, kernel: Kernel) -> Result<RunFiles, Error> {
         fs::create_dir_all(store).map_err(io_error("create", store))?;
         RunFiles::remove_left_over(store);
         let prefix = format!("run-{}-", std::process::id());
         let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(store);
-        Ok(RunFiles { dir: dir.map_err(io_error("create a directory in", store))?, vmlinux: PathBuf::new() })
+        Ok(RunFiles { dir: dir.map_err(io_error("create a directory in", store))?, kernel })
     }
 
     /// Removes the directories of runs whose process was killed.

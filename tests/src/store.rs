@@ -9,6 +9,7 @@ use std::env;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::debian::{self, Archive};
 use crate::kernel::{self, Module};
@@ -58,6 +59,9 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
 /// The older release is first because it is what the rig was proven on.
 const RELEASES: [(&str, bool); 2] = [("bookworm", true), ("trixie", false)];
 
+/// The release that Bochs comes from.
+const BOCHS_RELEASE: &str = "trixie";
+
 /// Modules kept from a kernel package: KVM for L1, virtio for the guests.
 const MODULES: [&str; 7] =
     ["kvm_amd", "kvm_intel", "virtio_mmio", "virtio_blk", "virtio_rng", "virtio_net", "virtio_balloon"];
@@ -80,6 +84,15 @@ pub struct Kernel {
 #[derive(Clone, Debug)]
 pub struct Qemu {
     /// The tree that its packages were unpacked into.
+    pub tree: PathBuf,
+    /// Package version.
+    pub version: String,
+}
+
+/// Bochs with all its libraries and firmware, and what makes a CD for it, runnable from where they lie.
+#[derive(Clone, Debug)]
+pub struct Bochs {
+    /// The tree that the packages were unpacked into.
     pub tree: PathBuf,
     /// Package version.
     pub version: String,
@@ -111,11 +124,24 @@ impl Store {
     pub fn qemu(&self) -> Result<Qemu, Error> {
         let (dir, version) = self.piece("qemu", |tree| {
             self.in_some_release(|archive, backports| {
-                let version = archive.unpack_with_dependencies("qemu-system-x86", backports, tree)?;
+                let version = archive.unpack_with_dependencies(&["qemu-system-x86"], backports, tree)?;
                 Ok(format!("qemu-system-x86 {version} (Debian {})", archive.release()))
             })
         })?;
         Ok(Qemu { tree: dir, version })
+    }
+
+    /// Bochs 3.0 or newer. (2.7 logs addresses in the middle of a page, of each of which the host's kernel warns, and
+    /// takes half as long again.)
+    pub fn bochs(&self) -> Result<Bochs, Error> {
+        let (tree, version) = self.piece("bochs", |tree| {
+            let archive = self.archive(BOCHS_RELEASE)?;
+            // A display of some kind has to be there; this one brings the fewest packages.
+            let names = ["bochs", "bochs-term", "genisoimage", "isolinux", "syslinux-common"];
+            let version = archive.unpack_with_dependencies(&names, false, tree)?;
+            Ok(format!("bochs {version} (Debian {BOCHS_RELEASE})"))
+        })?;
+        Ok(Bochs { tree, version })
     }
 
     /// Busybox, linked statically.
@@ -140,6 +166,10 @@ impl Store {
         Ok(Kernel { dir, version })
     }
 
+    fn archive(&self, release: &str) -> Result<Archive, Error> {
+        Ok(Archive::open(release, &self.dir.join("apt").join(release))?)
+    }
+
     /// Tries each release in turn; the first error is the one to report, unless a later release has more to say
     /// than that it lacks the package.
     fn in_some_release<T>(
@@ -148,10 +178,7 @@ impl Store {
     ) -> Result<T, Error> {
         let mut first = None;
         for (release, backports) in RELEASES {
-            let attempt = Archive::open(release, &self.dir.join("apt").join(release))
-                .map_err(Error::from)
-                .and_then(|archive| fetch(&archive, backports));
-            match attempt {
+            match self.archive(release).and_then(|archive| fetch(&archive, backports)) {
                 Ok(found) => return Ok(found),
                 Err(e) => first = first.or(Some(e)),
             }
@@ -248,6 +275,20 @@ impl Kernel {
     pub fn modules(&self, wanted: &[&str]) -> Result<Vec<Module>, Error> {
         Ok(kernel::modules_of(&self.dir.join("modules"), wanted)?)
     }
+}
+
+/// A command that starts a program of the unpacked packages in `tree` with their own loader and libraries; the
+/// executable comes next.
+pub fn loader(tree: &Path) -> Command {
+    let lib = |dir: &str| tree.join(dir).join("x86_64-linux-gnu").display().to_string();
+    let mut command = Command::new(loader_path(tree));
+    command.arg("--library-path").arg(format!("{}:{}", lib("lib"), lib("usr/lib")));
+    command
+}
+
+/// The dynamic loader of the packages in `tree`.
+pub fn loader_path(tree: &Path) -> PathBuf {
+    tree.join("lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
 }
 
 /// Cargo's target directory: the directory above this executable that holds the compiler's fingerprint.

@@ -94,7 +94,7 @@ fn conform(test: &str, track: &TrackConfig, cases: &[Case], in_rig: usize) {
     if let Some(lacks) = kind.lacks(&facts) {
         return skip::skip(test, &format!("this host lacks {lacks}"));
     }
-    let cases = if e2e::images().is_some() { &cases[..in_rig] } else { cases };
+    let cases = if e2e::in_rig() { &cases[..in_rig] } else { cases };
     let mut reported = 0;
     for (seed, case) in (1..).zip(cases) {
         if case.cmdline.contains("ring=0")

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use tests::initramfs::Initramfs;
-use tests::rig::{Error, Host, Outcome, Payload};
+use tests::rig::{Error, Host, Mmu, Outcome, Payload};
 use tests::store::Store;
 use tests::{debian, e2e, peer, recipe, skip, store};
 
@@ -172,7 +172,8 @@ const TRACKING: [&str; 2] = ["kvm", "conformance"];
 
 fn pass(test: &str, host: &Host, harnesses: &[&str]) {
     let Some(store) = store_or_skip(test, &host.kernel) else { return };
-    let Outcome { status, console } = run(&store, host, &e2e::payload(&store, harnesses, &[]).unwrap());
+    let payload = e2e::payload(harnesses.iter().map(|name| (*name, [""; 0]))).unwrap();
+    let Outcome { status, console } = run(&store, host, &payload);
     assert_eq!(status, 0, "{console}");
     assert_eq!(console.matches("test result: ok").count(), harnesses.len(), "{console}");
     for (_, reason) in console.lines().filter_map(|line| line.split_once("SKIPPED: ")) {
@@ -204,7 +205,8 @@ fn trackers_are_exact_without_the_tdp_mmu() {
 
 #[test]
 fn trackers_are_exact_with_shadow_paging() {
-    pass("trackers_are_exact_with_shadow_paging", &Host { npt: false, ..Host::default() }, &TRACKING);
+    let host = Host { mmu: Mmu::Shadow, ..Host::default() };
+    pass("trackers_are_exact_with_shadow_paging", &host, &TRACKING);
 }
 
 #[test]
@@ -220,7 +222,7 @@ fn a_command_has_its_exit_status_and_its_output() {
 #[test]
 fn kvm_parameters_reach_the_host() {
     let Some(store) = store_or_skip("kvm_parameters_reach_the_host", "6.12") else { return };
-    let host = Host { tdp_mmu: false, eager_page_split: false, npt: false, cpus: 2, ..Host::default() };
+    let host = Host { tdp_mmu: false, eager_page_split: false, mmu: Mmu::Shadow, cpus: 2, ..Host::default() };
     let payload = Payload::script(
         "cd /sys/module; cat kvm/parameters/tdp_mmu kvm/parameters/eager_page_split kvm_amd/parameters/npt; nproc",
     );

@@ -1,23 +1,24 @@
-//! The NPT rig for people: KVM on AMD's nested page tables, on any Debian machine, with or without KVM.
+//! The rigs for people: KVM on AMD's or Intel's nested page tables, on any Debian machine, with or without KVM.
 //!
 //! `cargo run -p tests --bin rig -- vmm run` is `vmm run` in there.
 
 use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use tests::compare::{self, Comparison};
-use tests::rig::{Host, Payload};
+use tests::rig::{Host, Mmu, Payload};
 use tests::store::Store;
 use tests::{e2e, recipe};
 
 /// Exit code for a rig that could not be brought up; the commands inside keep theirs.
 const RIG_FAILED: u8 = 125;
 
-/// Runs `vmm`, a shell or the tests on a Linux host with KVM and nested paging, emulated by QEMU's TCG.
+/// Runs `vmm`, a shell or the tests on a Linux host with KVM and nested paging, emulated by QEMU's TCG or by Bochs.
 ///
-/// The packages (QEMU, a stock Debian kernel, busybox) come from the Debian mirror in apt's sources, once, and
+/// The packages (the emulator, a stock Debian kernel, busybox) come from the Debian mirror in apt's sources, once, and
 /// are kept below cargo's target directory; nothing is installed. On a terminal, Ctrl-] x ends the rig.
 ///
 /// The rig's own options come before the verb:
@@ -35,9 +36,12 @@ struct Options {
     /// Whether the host's KVM splits huge mappings when logging starts, not at the first write
     #[arg(long, value_enum, default_value_t = Switch::On)]
     eager_split: Switch,
-    /// Nested paging on the host; off is shadow paging
+    /// Nested paging on the host
+    #[arg(long, value_enum, default_value_t = Paging::Npt)]
+    mmu: Paging,
+    /// With --mmu ept: the processor's page-modification log
     #[arg(long, value_enum, default_value_t = Switch::On)]
-    npt: Switch,
+    pml: Switch,
     /// Memory of the host in MiB
     #[arg(long, default_value_t = 1536, value_name = "MIB")]
     memory: u32,
@@ -71,7 +75,7 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
-    /// Run the end-to-end tests
+    /// Run the end-to-end tests; on EPT, a selection, unless the arguments are another
     Test {
         /// Arguments of the test harness, e.g. a filter
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -96,6 +100,16 @@ enum Verb {
 enum Switch {
     On,
     Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Paging {
+    /// AMD's nested page tables, by QEMU
+    Npt,
+    /// Shadow paging, by QEMU
+    Shadow,
+    /// Intel's extended page tables, by Bochs: slow, one CPU, shows its output and takes no input
+    Ept,
 }
 
 fn local_and_path(text: &str) -> Result<(PathBuf, String), String> {
@@ -124,7 +138,12 @@ fn run(options: Options) -> Result<u8, Box<dyn Error>> {
         memory_mib: options.memory,
         tdp_mmu: options.tdp_mmu == Switch::On,
         eager_page_split: options.eager_split == Switch::On,
-        npt: options.npt == Switch::On,
+        mmu: match options.mmu {
+            Paging::Npt => Mmu::Npt,
+            Paging::Shadow => Mmu::Shadow,
+            Paging::Ept => Mmu::Ept { pml: options.pml == Switch::On },
+        },
+        timeout: Duration::from_secs(7200),
         ..Host::default()
     };
     let linux = options.linux.then_some(options.linux_kernel.as_str());
@@ -144,11 +163,19 @@ fn run(options: Options) -> Result<u8, Box<dyn Error>> {
         }
         Verb::Shell { command } => {
             let payload = e2e::with_vmm(Payload::command(command))?;
-            let payload = tests::peer::with_qemu(payload, &store.qemu()?)?;
+            let payload = match options.mmu {
+                // There is no room for it, and no time.
+                Paging::Ept => payload,
+                Paging::Npt | Paging::Shadow => tests::peer::with_qemu(payload, &store.qemu()?)?,
+            };
             host.interact(&store, &prepare(payload)?)?
         }
         Verb::Test { arguments } => {
-            let payload = e2e::payload(&store, &e2e::HARNESSES, &arguments)?;
+            let payload = match options.mmu {
+                Paging::Ept if arguments.is_empty() => e2e::payload(e2e::ON_EPT)?,
+                Paging::Ept => e2e::payload(e2e::ON_EPT.map(|(name, _)| (name, &arguments)))?,
+                Paging::Npt | Paging::Shadow => e2e::payload(e2e::HARNESSES.map(|name| (name, &arguments)))?,
+            };
             host.interact(&store, &prepare(payload)?)?
         }
         Verb::Compare { what, runs, json } => {
@@ -161,7 +188,9 @@ fn run(options: Options) -> Result<u8, Box<dyn Error>> {
             0
         }
         Verb::Fetch => {
-            println!("{}\n{}", store.qemu()?.version, store.busybox()?.version);
+            let emulator =
+                if options.mmu == Paging::Ept { store.bochs()?.version } else { store.qemu()?.version };
+            println!("{emulator}\n{}", store.busybox()?.version);
             println!("{}", store.kernel(&host.kernel)?.version);
             println!("{}", store.kernel(&options.linux_kernel)?.version);
             println!("in {}", store.dir().display());
