@@ -13,6 +13,7 @@
 //! - [`region`]: the bitmap that vm-memory marks when the *host* writes to guest memory.
 //! - [`tracker`]: the trait, what a harvest is, and one module for each way of knowing.
 //! - [`collapse`]: huge mappings for memory whose tracking has split them.
+//! - [`walk`]: the page walk, over what maps guest memory: this process, the guest itself, or a simulated table.
 //! - `conformance` (a feature): the suite that holds any tracker to its guarantees, on any machine.
 //! - [`sys`]: the ioctls that no crate wraps. All `unsafe` code of the library is in there.
 
@@ -28,6 +29,7 @@ pub mod refine;
 pub mod region;
 pub mod sys;
 pub mod tracker;
+pub mod walk;
 
 /// The README's example is compiled with the documentation tests.
 #[cfg(doctest)]
