@@ -1,6 +1,10 @@
 //! The page walk: one walker over everything that maps pages, and the contract that keeps it honest while the
 //! table changes under it.
 //!
+//! Dirty tracking walks over mappings that others split, zap and collapse meanwhile. A walker that goes on to leaves
+//! that are not there, or hands a page out twice or never, is wrong in a way that shows as a lost write much later. So
+//! there is one walker, and what it must not do cannot be written down, or is retried.
+//!
 //! A *table* ([`Table`]) says what is at a page: nothing (a *hole*), a *leaf* of 4 KiB, or a *huge entry* of 2 MiB or
 //! 1 GiB. A *visitor* is up to three callbacks, one for each of these, and [`Walk`] calls them over a range of pages,
 //! in ascending order. Pages are numbers of 4 KiB pages in whatever space the table maps: guest frames, this
@@ -23,12 +27,14 @@
 //!    meanwhile. A callback that finds that its entry changed says so ([`Seen::Only`], [`Step::Retry`]), and
 //!    the walker looks again, at what is not handled yet and at nothing else: an entry that is larger than that comes
 //!    with the part of it that is still to do ([`HugeEntry::pages`]).
-//! 6. *A split does not fail because it raced.* Whoever wins the race has split, zapped or collapsed the entry; the walker
-//!    looks again. A split leaves a table behind at once, and nobody ever sees the entry empty on the way. The one error
-//!    is that there is no memory for the table, it is reported as that, and the entry is still whole.
+//! 6. *A split does not fail because it raced, and splits only what was seen.* Whoever wins the race has split, zapped,
+//!    collapsed or replaced the entry. The walker looks again, and asks anew about a huge entry that came in its
+//!    place. A split leaves a table behind at once, and nobody ever sees the entry empty on the way. The one error is
+//!    that there is no memory for the table, it is reported as that, and the entry is still whole.
 //! 7. *The zero page is no special case.* An entry that maps it is split, protected and cleaned as any other.
-//! 8. *What needs nothing done stays as it is.* [`write_protect`] and [`clean_and_record`] pass over huge entries that
-//!    are already protected or clean, and split none of them.
+//! 8. *What needs nothing done stays as it is.* A walk that only reads splits nothing. [`write_protect`] and
+//!    [`clean_and_record`] pass over huge entries that are already protected or clean, and split none of them.
+//!    The latter records the tight bounds of what was dirty.
 //!
 //! Retrying is lock-free: a walk goes round again only because somebody else got something done.
 //!
@@ -70,16 +76,21 @@ pub trait Table {
     /// The table's own.
     fn look(&self, pages: Range<u64>) -> Result<Look<Self::Huge, Self::Leaf>, Self::Error>;
 
-    /// Replaces the huge entry that maps `page` by a table of the next smaller size that maps the same: each of its
-    /// entries inherits what this one was. Does nothing when there is no huge entry (any more). In between, no one
-    /// sees less than the one or the other.
+    /// Replaces the huge entry `seen` by a table of the next smaller size that maps the same: each entry of the table
+    /// inherits what the huge one was. Does nothing when something else maps `seen.pages.start` now, be it another
+    /// huge entry, or one of another size. In between, no one sees less than the one or the other. Memory is taken
+    /// before anything is changed.
     ///
     /// # Errors
     /// [`OutOfMemory`], and then the entry is as it was.
-    fn split(&self, page: u64, how: Self::Descend) -> Result<(), OutOfMemory>;
+    fn split(&self, seen: &HugeEntry<Self::Huge>, how: Self::Descend) -> Result<(), OutOfMemory>;
 }
 
 /// What a table says about a page.
+///
+/// Where nothing is mapped but there is something to tell (a page that was swapped out, or is dirty because its contents
+/// were dropped), that is a leaf too, or a huge entry if the table has but one entry for all of it: only a hole has
+/// nothing that could be done to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look<H, L> {
     /// Nothing is mapped from this page on up to `end`.
@@ -107,7 +118,7 @@ pub enum Look<H, L> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Split;
 
-/// There is no memory for the table that a split needs.
+/// There is no memory for the table that a split takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfMemory;
 
@@ -162,16 +173,14 @@ pub enum WalkError<V, T> {
     /// A callback stopped the walk.
     #[error("{0}")]
     Visitor(V),
-    /// A huge entry could not be split. It is whole, and no page of it from `page` on was handled.
+    /// An entry could not be split. It is whole, and no page from `page` on was handled.
     #[error(
-        "splitting the {size} entry of page {page:#x} takes a table, and there is no memory for it: free some, \
-             then walk on from this page"
+        "to split the entry of page {page:#x} takes a table, and there is no memory for it: free some, then walk on \
+             from this page"
     )]
     OutOfMemory {
         /// First page that was not handled.
         page: u64,
-        /// The entry's size.
-        size: PageSize,
     },
     /// The table could not be read.
     #[error("{0}")]
@@ -180,5 +189,7 @@ pub enum WalkError<V, T> {
 
 #[cfg(test)]
 mod model;
+#[cfg(test)]
+mod oracle;
 #[cfg(test)]
 mod tests;

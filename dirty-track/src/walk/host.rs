@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use vmm_sys_util::errno;
 
-use super::{Look, OutOfMemory, Table};
-use crate::addr::{PAGE_SHIFT, PageSize};
+use super::{HugeEntry, Look, OutOfMemory, Table};
+use crate::addr::{PAGE_SHIFT, PAGE_SIZE, PageSize};
 use crate::sys::pagemap::{Found, Pagemap};
 use crate::tracker::Slot;
 
@@ -59,7 +59,16 @@ pub struct HostEntry {
 #[derive(Debug)]
 pub struct HostMap {
     pages: Range<u64>,
-    found: Vec<Found>,
+    /// Ascending, and no two of them overlap.
+    runs: Vec<Run>,
+}
+
+/// Pages that are mapped in the same way.
+#[derive(Debug)]
+struct Run {
+    pages: Range<u64>,
+    huge: bool,
+    entry: HostEntry,
 }
 
 impl HostMap {
@@ -79,21 +88,38 @@ impl HostMap {
     /// none of a process.
     pub fn take(pages: Range<u64>) -> Result<HostMap, HostError> {
         let pagemap = Pagemap::open().map_err(HostError::Open)?;
-        let mut found = Vec::new();
+        let mut map = HostMap { pages: pages.clone(), runs: Vec::new() };
         let mut batch = [Found::NOTHING; BATCH];
-        let end = pages.end << PAGE_SHIFT;
-        let mut address = pages.start << PAGE_SHIFT;
+        let end = pages.end.saturating_mul(PAGE_SIZE);
+        let mut address = pages.start.saturating_mul(PAGE_SIZE);
         while address < end {
             let failed = |source| HostError::Scan { address, source };
             let (count, next) = pagemap.mapped(address, end, &mut batch).map_err(failed)?;
-            found.extend_from_slice(&batch[..count]);
+            batch[..count].iter().for_each(|found| map.add(found));
             // A kernel that does not get on would keep us here for ever.
             if next <= address {
                 return Err(failed(errno::Error::new(libc::EIO)));
             }
             address = next;
         }
-        Ok(HostMap { pages, found })
+        Ok(map)
+    }
+
+    /// Adds what comes after the runs that there are. The kernel may tell the end of one batch again in the next.
+    fn add(&mut self, found: &Found) {
+        let Range { start, end } = found.addresses();
+        let told = self.runs.last().map_or(0, |run| run.pages.end);
+        let pages = (start >> PAGE_SHIFT).max(told)..end >> PAGE_SHIFT;
+        if pages.is_empty() {
+            return;
+        }
+        let entry = HostEntry {
+            written: found.is_written(),
+            zero: found.is_zero(),
+            file: found.is_file(),
+            swapped: found.is_swapped(),
+        };
+        self.runs.push(Run { pages, huge: found.is_huge(), entry });
     }
 
     /// The pages that it was taken of.
@@ -110,29 +136,20 @@ impl Table for HostMap {
 
     fn look(&self, pages: Range<u64>) -> Result<Look<HostEntry, HostEntry>, HostError> {
         let page = pages.start;
-        if !self.pages.contains(&page) || self.pages.end < pages.end {
-            return Err(HostError::NotTaken { page: page.max(self.pages.end) });
+        if page < self.pages.start || self.pages.end < pages.end {
+            let page = if page < self.pages.start { page } else { page.max(self.pages.end) };
+            return Err(HostError::NotTaken { page });
         }
-        let next = self.found.partition_point(|run| run.addresses().end >> PAGE_SHIFT <= page);
-        let Some(run) = self.found.get(next) else { return Ok(Look::Hole { end: self.pages.end }) };
-        let Range { start, end } = run.addresses();
-        if page < start >> PAGE_SHIFT {
-            return Ok(Look::Hole { end: start >> PAGE_SHIFT });
-        }
-        let entry = HostEntry {
-            written: run.is_written(),
-            zero: run.is_zero(),
-            file: run.is_file(),
-            swapped: run.is_swapped(),
-        };
-        Ok(if run.is_huge() {
-            Look::Huge { size: PageSize::M2, huge: entry }
-        } else {
-            Look::Leaves { end: end >> PAGE_SHIFT, leaf: entry }
+        let next = self.runs.partition_point(|run| run.pages.end <= page);
+        let Some(run) = self.runs.get(next) else { return Ok(Look::Hole { end: self.pages.end }) };
+        Ok(match run.pages {
+            Range { start, .. } if page < start => Look::Hole { end: start },
+            _ if run.huge => Look::Huge { size: PageSize::M2, huge: run.entry },
+            Range { end, .. } => Look::Leaves { end, leaf: run.entry },
         })
     }
 
-    fn split(&self, _: u64, how: Infallible) -> Result<(), OutOfMemory> {
+    fn split(&self, _: &HugeEntry<HostEntry>, how: Infallible) -> Result<(), OutOfMemory> {
         match how {}
     }
 }

@@ -1,12 +1,15 @@
-//! The contract under every order of events between a walker and two others who change the table (loom tries them all).
+//! The contract under every order of events between a walker and others who change the table (loom tries them all).
 //!
-//! The property tests interleave changes with the walker's calls at chosen points; here the others are threads. Tables
-//! that break the rules of [`Table`] and [`Protect`] are run through the same models, which must find them out.
+//! The properties of `oracle` interleave changes with the walker's steps at chosen points; here the others are threads.
+//! Tables that break the rules of [`Table`] and [`Protect`] are run through the same models, which must find them
+//! out. Each model is a few entries and a few events, because the orders of these multiply.
 
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::ops::Range;
+use std::sync::Arc;
 
-use loom::sync::{Arc, Mutex};
+use loom::sync::Mutex;
 use loom::thread;
 
 use super::sim::{Entry, Giga, Lock, Sim};
@@ -28,19 +31,20 @@ type Loomed = Sim<Mutex<Giga>>;
 enum Op {
     Split(u64),
     Zap(u64),
-    Collapse(u64),
+    Collapse(u64, PageSize),
     Write(u64),
     Map(u64, PageSize, Entry),
 }
 
 use Op::{Collapse, Map, Write, Zap};
+use PageSize::{G1, K4, M2};
 
 impl Op {
     fn apply(self, sim: &Loomed) {
         match self {
-            Op::Split(page) => sim.split(page, Split).unwrap(),
+            Op::Split(page) => sim.split_at(page).unwrap(),
             Zap(page) => _ = sim.zap(page),
-            Collapse(page) => _ = sim.collapse(page, PageSize::M2),
+            Collapse(page, size) => _ = sim.collapse(page, size),
             Write(page) => sim.write(page).unwrap(),
             Map(page, size, entry) => sim.map(page, size, entry).unwrap(),
         }
@@ -49,12 +53,14 @@ impl Op {
 
 /// How a table breaks the rules.
 const CORRECT: u8 = 0;
-/// Says that it changed what it did not look at again.
+/// Says that it changed what is not there any more.
 const BLIND: u8 = 1;
+/// Changes an entry of another size than the one that was seen.
+const STRAYS: u8 = 2;
 /// A split unmaps the entry before it puts a table there.
-const EMPTIES: u8 = 2;
+const EMPTIES: u8 = 3;
 /// A split that finds another at work says that there is no memory.
-const LOSES: u8 = 3;
+const LOSES: u8 = 4;
 
 /// A table that breaks the rule `FAULT`.
 struct Faulty<const FAULT: u8>(Arc<Loomed>);
@@ -69,38 +75,41 @@ impl<const FAULT: u8> Table for Faulty<FAULT> {
         self.0.look(pages)
     }
 
-    fn split(&self, page: u64, how: Split) -> Result<(), OutOfMemory> {
+    fn split(&self, seen: &HugeEntry<Entry>, how: Split) -> Result<(), OutOfMemory> {
+        let page = seen.pages.start;
         match FAULT {
             EMPTIES => {
-                if let Some((PageSize::M2, entry)) = self.0.zap(page) {
-                    self.0.map(page, PageSize::M2, entry)?;
+                if let Some((size, entry)) = self.0.zap(page) {
+                    self.0.map(page, size, entry)?;
                 }
-                self.0.split(page, how)
+                self.0.split_at(page)
             }
-            LOSES => match self.0.entry(page) {
-                Some((PageSize::M2, _)) => self.0.split(page, how),
-                _ => Err(OutOfMemory),
-            },
-            _ => self.0.split(page, how),
+            LOSES if self.0.entry(page) != Some((seen.size, seen.huge)) => Err(OutOfMemory),
+            _ => self.0.split(seen, how),
         }
     }
 }
 
 impl<const FAULT: u8> Protect for Faulty<FAULT> {
-    fn change_huge(&self, page: u64, seen: Entry, change: Change) -> bool {
-        self.0.change_huge(page, seen, change) || FAULT == BLIND
+    fn change_huge(&self, seen: &HugeEntry<Entry>, change: Change) -> Result<bool, OutOfMemory> {
+        let now = match self.0.entry(seen.pages.start) {
+            Some((size, huge)) if FAULT == STRAYS && size != K4 => HugeEntry { size, huge, ..seen.clone() },
+            _ => seen.clone(),
+        };
+        Ok(self.0.change_huge(&now, change)? || FAULT == BLIND)
     }
 
-    fn change_leaves(&self, pages: Range<u64>, seen: Entry, change: Change) -> u64 {
-        let changed = self.0.change_leaves(pages.clone(), seen, change);
-        if FAULT == BLIND { pages.end - pages.start } else { changed }
+    fn change_leaves(&self, pages: Range<u64>, seen: Entry, change: Change) -> Result<u64, OutOfMemory> {
+        let changed = self.0.change_leaves(pages.clone(), seen, change)?;
+        Ok(if FAULT == BLIND { pages.end - pages.start } else { changed })
     }
 }
 
-/// Runs `walk` over a table that first has `before` and that two threads work on meanwhile, each with its list.
-fn model<const FAULT: u8>(
+/// Runs `walk` over a table that first has `before` and that others work on meanwhile, each with its list; then what
+/// `walk` returned.
+fn model<const FAULT: u8, const OTHERS: usize>(
     before: &'static [Op],
-    others: [&'static [Op]; 2],
+    others: [&'static [Op]; OTHERS],
     walk: impl Fn(&Faulty<FAULT>) -> Box<dyn Fn(&Loomed)> + Send + Sync + 'static,
 ) {
     loom::model(move || {
@@ -116,26 +125,21 @@ fn model<const FAULT: u8>(
     });
 }
 
-/// Two blocks: a huge one, and one of leaves of two kinds.
-const MIXED: &[Op] = &[
-    Map(0, PageSize::M2, Entry::WRITABLE),
-    Map(BLOCK, PageSize::M2, Entry::WRITABLE),
-    Map(BLOCK + 9, PageSize::K4, Entry::DIRTY),
-];
+/// One huge block.
+const HUGE: &[Op] = &[Map(0, M2, Entry::WRITABLE)];
+/// One block of leaves, in three runs.
+const LEAVES: &[Op] = &[Map(0, M2, Entry::WRITABLE), Map(9, K4, Entry::DIRTY)];
 
-const SPLIT_AND_COLLAPSE: &[Op] = &[Op::Split(0), Collapse(BLOCK), Collapse(0)];
-const ZAP_AND_MAP: &[Op] = &[Zap(BLOCK + 9), Zap(0), Map(0, PageSize::M2, Entry::CLEAN)];
-
-/// Hands out all pages of a range, and checks that each comes once. Huge entries that are whole are split if `descend`
-/// says so, and handled otherwise.
+/// Hands out all pages of a range, and checks that each comes once. Huge entries are split if `descend` says so, and
+/// handled otherwise; of runs of leaves at most 100 are taken at a time.
 fn once<const FAULT: u8>(table: &Faulty<FAULT>, pages: Range<u64>, descend: bool) {
-    let handled = std::cell::RefCell::new(Vec::<Range<u64>>::new());
+    let handled = RefCell::new(Vec::<Range<u64>>::new());
     let outcome = Walk::new(table)
         .huge(|entry| {
-            if descend && entry.is_whole() {
+            if descend {
                 return Ok(Step::Descend(Split));
             }
-            handled.borrow_mut().push(entry.pages);
+            handled.borrow_mut().push(entry.pages.clone());
             Ok::<_, Infallible>(Step::Handled)
         })
         .leaves(|pages, _| {
@@ -156,31 +160,49 @@ fn once<const FAULT: u8>(table: &Faulty<FAULT>, pages: Range<u64>, descend: bool
     assert_eq!(next, pages.end, "each page is handled");
 }
 
+fn each_page_is_handled_once<const OTHERS: usize>(
+    before: &'static [Op],
+    others: [&'static [Op]; OTHERS],
+    descend: bool,
+) {
+    model::<CORRECT, OTHERS>(before, others, move |table| {
+        once(table, 5..BLOCK + 5, descend);
+        Box::new(|_| ())
+    });
+}
+
 #[test]
-fn loom_each_page_is_handled_once() {
-    for descend in [false, true] {
-        model::<CORRECT>(MIXED, [SPLIT_AND_COLLAPSE, ZAP_AND_MAP], move |table| {
-            once(table, 5..2 * BLOCK - 5, descend);
-            Box::new(|_| ())
-        });
-    }
+fn loom_a_page_that_is_zapped_and_mapped_again_is_handled_once() {
+    each_page_is_handled_once(HUGE, [&[Zap(0), Map(0, M2, Entry::CLEAN)], &[Op::Split(0)]], true);
+    each_page_is_handled_once(HUGE, [&[Zap(0), Map(0, M2, Entry::CLEAN)], &[Op::Split(0)]], false);
+}
+
+#[test]
+fn loom_a_page_that_is_split_and_collapsed_is_handled_once() {
+    each_page_is_handled_once(LEAVES, [&[Collapse(0, M2), Op::Split(0)], &[Collapse(0, M2)]], true);
+    each_page_is_handled_once(LEAVES, [&[Collapse(0, M2), Op::Split(0)], &[Collapse(0, M2)]], false);
+}
+
+#[test]
+fn loom_a_page_that_is_split_collapsed_and_zapped_is_handled_once() {
+    each_page_is_handled_once(HUGE, [&[Op::Split(0), Collapse(0, M2)], &[Zap(9)]], true);
+    each_page_is_handled_once(LEAVES, [&[Collapse(0, M2), Op::Split(0)], &[Zap(9)]], false);
 }
 
 #[test]
 #[should_panic(expected = "a lost race is no error")]
 fn loom_finds_out_a_split_that_fails_because_it_raced() {
-    model::<LOSES>(MIXED, [&[Op::Split(0)], &[]], |table| {
+    model::<LOSES, 1>(HUGE, [&[Op::Split(0)]], |table| {
         once(table, 0..BLOCK, true);
         Box::new(|_| ())
     });
 }
 
 /// A walk that splits, while somebody else looks at what was mapped all the time.
-fn nobody_sees_it_empty<const FAULT: u8>() {
-    loom::model(|| {
+fn nobody_sees_it_empty<const FAULT: u8>(before: &'static [Op]) {
+    loom::model(move || {
         let sim = Arc::new(Loomed::with_locks(1));
-        sim.map(0, PageSize::G1, Entry::ZERO).unwrap();
-        sim.split(0, Split).unwrap();
+        before.iter().for_each(|op| op.apply(&sim));
         let walker = {
             let table = Faulty::<FAULT>(sim.clone());
             thread::spawn(move || once(&table, 0..BLOCK, true))
@@ -195,67 +217,99 @@ fn nobody_sees_it_empty<const FAULT: u8>() {
 
 #[test]
 fn loom_a_split_leaves_a_table_behind_at_once() {
-    nobody_sees_it_empty::<CORRECT>();
+    nobody_sees_it_empty::<CORRECT>(&[Map(0, G1, Entry::ZERO)]);
 }
 
 #[test]
 #[should_panic(expected = "a split left it empty")]
 fn loom_finds_out_a_split_that_empties_the_entry() {
-    nobody_sees_it_empty::<EMPTIES>();
+    nobody_sees_it_empty::<EMPTIES>(HUGE);
 }
 
-/// Protects the first block and a half while others split and collapse them, none of which makes anything writable.
-fn all_is_protected<const FAULT: u8>() {
-    model::<FAULT>(MIXED, [SPLIT_AND_COLLAPSE, &[Zap(BLOCK + 9), Op::Split(BLOCK)]], |table| {
-        let pages = 0..BLOCK + BLOCK / 2;
+/// Protects the first half of a block while others, none of whom makes anything writable, change it.
+fn all_is_protected<const FAULT: u8, const OTHERS: usize>(
+    before: &'static [Op],
+    others: [&'static [Op]; OTHERS],
+    pages: Range<u64>,
+) {
+    model::<FAULT, OTHERS>(before, others, move |table| {
         assert!(write_protect(table, pages.clone()).is_ok());
+        let pages = pages.clone();
         Box::new(move |sim| {
-            let writable = |page| sim.entry(page).is_some_and(|(_, entry)| entry.writable);
-            assert!(![0, 1, BLOCK, BLOCK + 9, pages.end - 1].into_iter().any(writable), "left writable");
+            let writable = |page: &u64| sim.entry(*page).is_some_and(|(_, entry)| entry.writable);
+            assert_eq!([0, 1, 9, 10, BLOCK - 1].into_iter().filter(|page| pages.contains(page)).find(writable), None);
         })
     });
 }
 
 #[test]
 fn loom_write_protect_leaves_nothing_writable() {
-    all_is_protected::<CORRECT>();
+    all_is_protected::<CORRECT, 2>(HUGE, [&[Op::Split(0), Zap(9)], &[Collapse(0, M2)]], 0..BLOCK);
+    all_is_protected::<CORRECT, 2>(LEAVES, [&[Collapse(0, M2), Op::Split(0)], &[Zap(9)]], 0..BLOCK);
 }
 
 #[test]
-#[should_panic(expected = "left writable")]
-fn loom_finds_out_a_change_that_does_not_look() {
-    all_is_protected::<BLIND>();
+fn loom_write_protect_of_a_part_leaves_nothing_of_it_writable() {
+    all_is_protected::<CORRECT, 2>(HUGE, [&[Op::Split(0), Collapse(0, M2)], &[Zap(9)]], 0..11);
+    all_is_protected::<CORRECT, 2>(LEAVES, [&[Collapse(0, M2), Op::Split(0)], &[Zap(9)]], 0..11);
 }
 
-/// Pages that the guest writes: one through a writable huge entry, one through a protected one (which splits it).
-const WRITTEN: [u64; 2] = [3, BLOCK + 3];
-const NEVER_WRITTEN: u64 = BLOCK + 4;
+#[test]
+#[should_panic(expected = "left: Some")]
+fn loom_finds_out_a_change_that_does_not_look() {
+    all_is_protected::<BLIND, 1>(HUGE, [&[Op::Split(0)]], 0..BLOCK);
+}
 
-/// Every write is recorded or still to be found, whatever comes between.
-fn no_write_is_lost<const FAULT: u8>(others: [&'static [Op]; 2]) {
-    const BEFORE: &[Op] = &[Map(0, PageSize::M2, Entry::WRITABLE), Map(BLOCK, PageSize::M2, Entry::CLEAN)];
-    model::<FAULT>(BEFORE, others, |table| {
+/// Every page of `written`, which others write, is recorded or dirty at the end, and `never`, which nobody writes, is
+/// neither.
+fn no_write_is_lost<const FAULT: u8, const OTHERS: usize>(
+    before: &'static [Op],
+    others: [&'static [Op]; OTHERS],
+    written: &'static [u64],
+    never: Option<u64>,
+) {
+    model::<FAULT, OTHERS>(before, others, move |table| {
         let mut dirty = Dirty::default();
-        clean_and_record(table, 0..2 * BLOCK, &mut dirty).unwrap();
+        clean_and_record(table, 0..BLOCK, &mut dirty).unwrap();
         Box::new(move |sim| {
             let recorded = |page| dirty.runs().iter().any(|run| run.contains(&page));
-            let dirty = |page| sim.entry(page).is_some_and(|(_, entry)| entry.dirty);
-            assert!(WRITTEN.into_iter().all(|page| recorded(page) || dirty(page)), "a write was lost");
-            assert!(!recorded(NEVER_WRITTEN) || dirty_as_huge(&dirty, &recorded), "recorded without a write");
+            let reported = |page: &u64| recorded(*page) || sim.entry(*page).is_some_and(|(_, entry)| entry.dirty);
+            assert!(written.iter().all(reported), "a write was lost");
+            assert!(!never.as_ref().is_some_and(reported), "recorded without a write");
         })
     });
 }
 
-/// The block of [`NEVER_WRITTEN`] was collapsed while a page of it was dirty, and so all of it is.
-fn dirty_as_huge(dirty: &dyn Fn(u64) -> bool, recorded: &dyn Fn(u64) -> bool) -> bool {
-    [BLOCK, BLOCK + 3, 2 * BLOCK - 1].into_iter().all(|page| dirty(page) || recorded(page))
+#[test]
+fn loom_no_write_through_a_huge_entry_is_lost() {
+    no_write_is_lost::<CORRECT, 2>(HUGE, [&[Write(3), Op::Split(0)], &[Write(4)]], &[3, 4], None);
+    no_write_is_lost::<CORRECT, 2>(HUGE, [&[Write(3), Op::Split(0)], &[Collapse(0, M2)]], &[3], None);
 }
 
 #[test]
-fn loom_clean_and_record_loses_no_write() {
-    no_write_is_lost::<CORRECT>([
-        &[Write(3), Op::Split(0), Collapse(0)],
-        &[Write(BLOCK + 3), Collapse(BLOCK)],
-    ]);
-    no_write_is_lost::<CORRECT>([&[Op::Split(0), Write(3)], &[Write(BLOCK + 3), Op::Split(0)]]);
+fn loom_no_write_that_splits_is_lost() {
+    const PROTECTED: &[Op] = &[Map(0, M2, Entry::CLEAN)];
+    no_write_is_lost::<CORRECT, 2>(PROTECTED, [&[Write(3)], &[Write(4), Write(3)]], &[3, 4], Some(5));
+}
+
+#[test]
+fn loom_no_write_to_a_page_that_was_passed_is_lost_in_a_collapse() {
+    no_write_is_lost::<CORRECT, 1>(LEAVES, [&[Write(3), Collapse(0, M2)]], &[3, 9], None);
+}
+
+/// A block next to another, both dirty and huge, which others make one GiB.
+fn no_neighbour_is_lost<const FAULT: u8>() {
+    const BLOCKS: &[Op] = &[Map(0, G1, Entry::DIRTY), Op::Split(0)];
+    no_write_is_lost::<FAULT, 1>(BLOCKS, [&[Collapse(0, G1)]], &[0, BLOCK], None);
+}
+
+#[test]
+fn loom_no_neighbour_is_lost_in_a_collapse() {
+    no_neighbour_is_lost::<CORRECT>();
+}
+
+#[test]
+#[should_panic(expected = "a write was lost")]
+fn loom_finds_out_a_change_of_an_entry_of_another_size() {
+    no_neighbour_is_lost::<STRAYS>();
 }

@@ -1,9 +1,10 @@
 //! What dirty tracking wants of a range of pages: write-protect it, and take what was dirty.
 
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::ops::Range;
 
-use super::{Seen, Split, Step, Table, Walk, WalkError};
+use super::{HugeEntry, OutOfMemory, Seen, Split, Step, Table, Walk, WalkError};
 
 /// What counts about an entry that maps something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,15 +27,28 @@ pub enum Change {
 }
 
 /// A table whose entries can be write-protected and cleaned.
+///
+/// Looking and changing are one step, for everybody who writes, splits, zaps or collapses.
 pub trait Protect: Table<Descend = Split, Huge: Into<State>, Leaf: Into<State>> {
-    /// Changes the huge entry that maps `page`, if it is what `seen` says. Returns whether it was: looking and changing
-    /// are one step, for everybody who writes, splits, zaps or collapses.
-    fn change_huge(&self, page: u64, seen: Self::Huge, change: Change) -> bool;
+    /// Changes the huge entry `seen`. Returns whether it did: not so when something else maps `seen.pages.start` now, be
+    /// it another huge entry, or one of another size.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`], and then the entry is as it was.
+    fn change_huge(&self, seen: &HugeEntry<Self::Huge>, change: Change) -> Result<bool, OutOfMemory>;
 
     /// Changes leaves from `pages.start` on, as long as they are what `seen` says, up to the end of `pages`, and
-    /// returns how many. Each leaf is looked at and changed in one step. It may stop earlier than it must, but not
-    /// at the first leaf if that is as seen.
-    fn change_leaves(&self, pages: Range<u64>, seen: Self::Leaf, change: Change) -> u64;
+    /// returns how many. It may stop earlier than it must, but not at the first leaf if that is as seen.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`], for a table that keeps one entry for leaves that are all the same and has to split it now.
+    /// Then they are all as they were.
+    fn change_leaves(
+        &self,
+        pages: Range<u64>,
+        seen: Self::Leaf,
+        change: Change,
+    ) -> Result<u64, OutOfMemory>;
 }
 
 /// Write-protects `pages`, and returns how many of them were writable. Huge entries stay huge, but those that reach
@@ -82,32 +96,38 @@ fn change<T: Protect>(
     need: impl Fn(State) -> bool,
     done: impl FnMut(Range<u64>),
 ) -> Result<(), WalkError<Infallible, T::Error>> {
-    let done = std::cell::RefCell::new(done);
-    Walk::new(table)
+    let done = RefCell::new(done);
+    let walked = Walk::new(table)
         .huge(|entry| {
+            let page = entry.pages.start;
             if !need(entry.huge.into()) {
                 return Ok(Step::Handled);
             }
             if !entry.is_whole() {
                 return Ok(Step::Descend(Split));
             }
-            if !table.change_huge(entry.pages.start, entry.huge, change) {
+            if !table.change_huge(entry, change).map_err(|_| page)? {
                 return Ok(Step::Retry);
             }
-            done.borrow_mut()(entry.pages);
+            done.borrow_mut()(entry.pages.clone());
             Ok(Step::Handled)
         })
         .leaves(|pages, leaf| {
             if !need(leaf.into()) {
                 return Ok(Seen::All);
             }
-            let changed = table.change_leaves(pages.clone(), leaf, change);
+            let changed = table.change_leaves(pages.clone(), leaf, change).map_err(|_| pages.start)?;
             if changed > 0 {
                 done.borrow_mut()(pages.start..pages.start + changed);
             }
             Ok(Seen::Only(changed))
         })
-        .run(pages)
+        .run(pages);
+    walked.map_err(|error| match error {
+        // The first page of an entry for whose change there is no memory.
+        WalkError::Visitor(page) | WalkError::OutOfMemory { page } => WalkError::OutOfMemory { page },
+        WalkError::Table(error) => WalkError::Table(error),
+    })
 }
 
 /// Which pages were dirty.

@@ -7,7 +7,7 @@
 //! | what | absent | leaf | huge |
 //! |---|---|---|---|
 //! | [`write`](Sim::write) | a leaf is mapped, writable and dirty | becomes writable and dirty | writable: dirty; else split, and the leaf as on the left |
-//! | [`split`](Table::split) | - | - | a table of equal entries of the next size |
+//! | [`split`](Sim::split_at) | - | - | a table of equal entries of the next size |
 //! | [`collapse`](Sim::collapse) | - | all entries of a table that are mapped: one huge entry, dirty if one was, writable if all were | - |
 //! | [`zap`](Sim::zap) | - | absent | absent |
 
@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::{Change, Look, OutOfMemory, Protect, Split, State, Table};
+use super::{Change, HugeEntry, Look, OutOfMemory, Protect, Split, State, Table};
 use crate::addr::{LEAVES_PER_BLOCK, PageSize};
 
 const LEAVES: usize = LEAVES_PER_BLOCK as usize;
@@ -45,10 +45,11 @@ impl Entry {
     /// Write-protected and clean, of the zero page.
     pub const ZERO: Entry = Entry { zero: true, ..Entry::CLEAN };
 
-    fn change(&mut self, change: Change) {
+    /// What it is after `change`.
+    pub fn with(self, change: Change) -> Entry {
         match change {
-            Change::Protect => self.writable = false,
-            Change::Clean => self.dirty = false,
+            Change::Protect => Entry { writable: false, ..self },
+            Change::Clean => Entry { dirty: false, ..self },
         }
     }
 }
@@ -236,6 +237,14 @@ impl<M: Lock> Sim<M> {
         })
     }
 
+    /// Splits the huge entry that maps `page`, if one does.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`], and then it is whole.
+    pub fn split_at(&self, page: u64) -> Result<(), OutOfMemory> {
+        self.at(page, Ok(()), |giga| self.divide(giga, page))
+    }
+
     /// Puts one entry of `size` (2 MiB or 1 GiB) in place of the table of `page` that it would replace, if all entries
     /// of that are mapped, and for a GiB huge. Returns whether it did.
     pub fn collapse(&self, page: u64, size: PageSize) -> bool {
@@ -298,6 +307,15 @@ impl<M: Lock> Sim<M> {
             .map(|leaves| &mut **leaves)
     }
 
+    /// Splits the huge entry that maps `page`, if one does.
+    fn divide(&self, giga: &mut Giga, page: u64) -> Result<(), OutOfMemory> {
+        match find(giga, page) {
+            Some((PageSize::G1, _)) => self.blocks(giga).map(|_| ()),
+            Some((PageSize::M2, _)) => self.leaves(giga, page).map(|_| ()),
+            _ => Ok(()),
+        }
+    }
+
     fn allocate(&self) -> bool {
         self.memory.try_update(Ordering::Relaxed, Ordering::Relaxed, |tables| tables.checked_sub(1)).is_ok()
     }
@@ -328,46 +346,41 @@ impl<M: Lock> Table for Sim<M> {
         }))
     }
 
-    fn split(&self, page: u64, _: Split) -> Result<(), OutOfMemory> {
-        self.at(page, Ok(()), |giga| match find(giga, page) {
-            Some((PageSize::G1, _)) => self.blocks(giga).map(|_| ()),
-            Some((PageSize::M2, _)) => self.leaves(giga, page).map(|_| ()),
-            _ => Ok(()),
+    fn split(&self, seen: &HugeEntry<Entry>, _: Split) -> Result<(), OutOfMemory> {
+        let page = seen.pages.start;
+        self.at(page, Ok(()), |giga| {
+            let same = find(giga, page) == Some((seen.size, seen.huge));
+            if same { self.divide(giga, page) } else { Ok(()) }
         })
     }
 }
 
 impl<M: Lock> Protect for Sim<M> {
-    fn change_huge(&self, page: u64, seen: Entry, change: Change) -> bool {
-        self.at(page, false, |giga| {
-            let entry = match &mut giga.0 {
-                Slot::Huge(entry) => entry,
-                Slot::Table(blocks) => match &mut blocks[block(page)] {
-                    Slot::Huge(entry) => entry,
-                    _ => return false,
-                },
-                Slot::Absent => return false,
-            };
-            let same = *entry == seen;
+    fn change_huge(&self, seen: &HugeEntry<Entry>, change: Change) -> Result<bool, OutOfMemory> {
+        let page = seen.pages.start;
+        Ok(self.at(page, false, |giga| {
+            let same = find(giga, page) == Some((seen.size, seen.huge));
             if same {
-                entry.change(change);
+                let entry = seen.huge.with(change);
+                match &mut giga.0 {
+                    Slot::Table(blocks) => blocks[block(page)] = Slot::Huge(entry),
+                    whole => *whole = Slot::Huge(entry),
+                }
             }
             same
-        })
+        }))
     }
 
-    fn change_leaves(&self, pages: Range<u64>, seen: Entry, change: Change) -> u64 {
-        self.at(pages.start, 0, |giga| {
+    fn change_leaves(&self, pages: Range<u64>, seen: Entry, change: Change) -> Result<u64, OutOfMemory> {
+        Ok(self.at(pages.start, 0, |giga| {
             let Slot::Table(blocks) = &mut giga.0 else { return 0 };
             let Slot::Table(leaves) = &mut blocks[block(pages.start)] else { return 0 };
             let start = leaf(pages.start);
             let end = (start as u64 + (pages.end - pages.start)).min(LEAVES_PER_BLOCK) as usize;
             let end = leaves.run(start..end, Some(seen));
-            let mut changed = seen;
-            changed.change(change);
-            leaves.set(start..end, Some(changed));
+            leaves.set(start..end, Some(seen.with(change)));
             (end - start) as u64
-        })
+        }))
     }
 }
 

@@ -1,11 +1,7 @@
-//! The contract, rule by rule, and then all of it against a naive table, with others' changes between any two steps
-//! of the walker.
+//! The contract, rule by rule.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, VecDeque};
+use std::cell::RefCell;
 use std::convert::Infallible;
-
-use proptest::prelude::*;
 
 use super::sim::{Entry, Sim};
 use super::*;
@@ -42,7 +38,7 @@ fn tell(
     let outcome = Walk::new(sim)
         .huge(|entry| {
             told.borrow_mut().push(Told::Huge(entry.pages.clone(), entry.size));
-            step(&entry)
+            step(entry)
         })
         .leaves(|pages, _| {
             told.borrow_mut().push(Told::Leaves(pages));
@@ -209,7 +205,7 @@ fn a_collapse_in_the_middle_hands_out_what_is_left_and_nothing_twice() {
         .huge(|entry| {
             assert_eq!(entry.start(), 0);
             assert!(!entry.is_whole());
-            handled.borrow_mut().push(Told::Huge(entry.pages, entry.size));
+            handled.borrow_mut().push(Told::Huge(entry.pages.clone(), entry.size));
             Ok::<_, Infallible>(Step::Handled)
         })
         .leaves(|pages, entry| {
@@ -223,6 +219,39 @@ fn a_collapse_in_the_middle_hands_out_what_is_left_and_nothing_twice() {
     assert_eq!(outcome, Ok(()));
     let expected = [Told::Leaves(0..7), Told::Leaves(7..8), Told::Huge(8..BLOCK, PageSize::M2)];
     assert_eq!(handled.into_inner(), expected);
+}
+
+#[test]
+fn what_is_split_after_it_was_handled_is_not_visited_again() {
+    let sim = sim(&[(0, PageSize::M2, Entry::CLEAN), (BLOCK, PageSize::M2, Entry::CLEAN)]);
+    let (told, outcome) = tell(&sim, 0..2 * BLOCK, |entry| {
+        if entry.start() == 0 {
+            sim.split_at(0).unwrap();
+        }
+        Ok(Step::Handled)
+    });
+    assert_eq!(outcome, Ok(()));
+    assert_eq!(told, [0, BLOCK].map(|start| Told::Huge(start..start + BLOCK, PageSize::M2)));
+}
+
+#[test]
+fn what_is_zapped_before_it_was_handled_is_looked_at_again() {
+    let sim = sim(&[(0, PageSize::K4, Entry::DIRTY), (1, PageSize::K4, Entry::DIRTY)]);
+    let told = RefCell::new(Vec::new());
+    let outcome = Walk::new(&sim)
+        .leaves(|pages, _| {
+            told.borrow_mut().push(Told::Leaves(pages));
+            // It did the first and found that the second is gone.
+            sim.zap(1);
+            Ok::<_, Infallible>(Seen::Only(1))
+        })
+        .holes(|pages| {
+            told.borrow_mut().push(Told::Hole(pages));
+            Ok(Seen::All)
+        })
+        .run(0..2);
+    assert_eq!(outcome, Ok(()));
+    assert_eq!(told.into_inner(), [Told::Leaves(0..2), Told::Hole(1..2)]);
 }
 
 #[test]
@@ -241,24 +270,132 @@ fn a_callback_that_handled_a_part_is_not_given_that_part_again() {
 
 // Rule 6.
 
+type Race = fn(&Sim);
+
 #[test]
 fn a_split_that_lost_its_race_is_no_error() {
-    type Race = fn(&Sim);
-    // Those who lose need no memory.
-    let races: [(Race, u64, Told); 3] = [
-        (|sim| sim.split(0, Split).unwrap(), 0, Told::Leaves(0..BLOCK)),
-        (|sim| assert!(sim.zap(0).is_some()), 0, Told::Hole(0..BLOCK)),
-        (|sim| sim.map(0, PageSize::M2, Entry::DIRTY).unwrap(), 1, Told::Leaves(0..BLOCK)),
+    let huge = Told::Huge(0..BLOCK, PageSize::M2);
+    let races: [(Race, &[Told]); 4] = [
+        (|sim| sim.split_at(0).unwrap(), &[huge.clone(), Told::Leaves(0..BLOCK)]),
+        (|sim| assert!(sim.zap(0).is_some()), &[huge.clone(), Told::Hole(0..BLOCK)]),
+        (
+            |sim| sim.map(0, PageSize::M2, Entry::DIRTY).unwrap(),
+            &[huge.clone(), huge.clone(), Told::Leaves(0..BLOCK)],
+        ),
+        (
+            |sim| sim.map(0, PageSize::G1, Entry::CLEAN).unwrap(),
+            &[huge.clone(), Told::Huge(0..BLOCK, PageSize::G1), huge.clone(), Told::Leaves(0..BLOCK)],
+        ),
     ];
-    for (race, tables, then) in races {
+    for (race, then) in races {
         let sim = sim(&[(0, PageSize::M2, Entry::CLEAN)]);
+        let mut raced = false;
         let (told, outcome) = tell(&sim, 0..BLOCK, |_| {
-            race(&sim);
-            sim.limit_memory(tables);
+            if !raced {
+                race(&sim);
+            }
+            raced = true;
             Ok(Step::Descend(Split))
         });
         assert_eq!(outcome, Ok(()));
-        assert_eq!(told.last(), Some(&then));
+        assert_eq!(told, then);
+    }
+}
+
+#[test]
+fn a_split_that_lost_its_race_takes_no_memory() {
+    let races: [Race; 2] = [|sim| sim.split_at(0).unwrap(), |sim| assert!(sim.zap(0).is_some())];
+    for race in races {
+        let sim = sim(&[(0, PageSize::M2, Entry::CLEAN)]);
+        let (_, outcome) = tell(&sim, 0..BLOCK, |_| {
+            race(&sim);
+            sim.limit_memory(0);
+            Ok(Step::Descend(Split))
+        });
+        assert_eq!(outcome, Ok(()));
+    }
+}
+
+/// A table on which something happens right before its first split or its first change.
+struct Raced<'s>(&'s Sim, std::cell::Cell<Option<Race>>);
+
+impl Raced<'_> {
+    fn race(&self) {
+        if let Some(race) = self.1.take() {
+            race(self.0);
+        }
+    }
+}
+
+impl Table for Raced<'_> {
+    type Huge = Entry;
+    type Leaf = Entry;
+    type Descend = Split;
+    type Error = Infallible;
+
+    fn look(&self, pages: Range<u64>) -> Result<Look<Entry, Entry>, Infallible> {
+        self.0.look(pages)
+    }
+
+    fn split(&self, seen: &HugeEntry<Entry>, how: Split) -> Result<(), OutOfMemory> {
+        self.race();
+        self.0.split(seen, how)
+    }
+}
+
+impl Protect for Raced<'_> {
+    fn change_huge(&self, seen: &HugeEntry<Entry>, change: Change) -> Result<bool, OutOfMemory> {
+        self.race();
+        self.0.change_huge(seen, change)
+    }
+
+    fn change_leaves(&self, pages: Range<u64>, seen: Entry, change: Change) -> Result<u64, OutOfMemory> {
+        self.race();
+        self.0.change_leaves(pages, seen, change)
+    }
+}
+
+#[test]
+fn a_huge_entry_that_came_in_place_of_another_is_not_split_for_it() {
+    let sim = sim(&[(0, PageSize::M2, Entry::WRITABLE)]);
+    let race: Race = |sim| sim.map(0, PageSize::M2, Entry::CLEAN).unwrap();
+    // The writable one had to be split: only a part of it is to be protected. The clean one need not.
+    assert_eq!(write_protect(&Raced(&sim, Some(race).into()), 5..9), Ok(0));
+    assert_eq!(sim.entry(5), Some((PageSize::M2, Entry::CLEAN)));
+}
+
+#[test]
+fn an_entry_of_another_size_is_not_the_one_that_was_seen() {
+    let sim = sim(&[(0, PageSize::G1, Entry::DIRTY)]);
+    let race: Race = |sim| sim.split_at(0).unwrap();
+    // Flag by flag the block of page 0 is what the GiB was. Who takes it for that leaves 511 blocks dirty.
+    let mut dirty = Dirty::default();
+    assert_eq!(clean_and_record(&Raced(&sim, Some(race).into()), 0..GIGA, &mut dirty), Ok(()));
+    assert_eq!(dirty.runs(), [0..GIGA]);
+    for block in 0..GIGA / BLOCK {
+        assert_eq!(sim.entry(block * BLOCK), Some((PageSize::M2, Entry { dirty: false, ..Entry::DIRTY })));
+    }
+}
+
+#[test]
+fn what_changes_before_it_is_cleaned_is_looked_at_again() {
+    let races: [(Race, &[Range<u64>]); 3] = [
+        (|sim| sim.zap(0).map(|_| ()).unwrap(), &[]),
+        (|sim| sim.split_at(0).unwrap(), &[0..BLOCK]),
+        (
+            |sim| {
+                sim.map(0, PageSize::M2, Entry::CLEAN).unwrap();
+                sim.write(7).unwrap();
+            },
+            &[7..8],
+        ),
+    ];
+    for (race, recorded) in races {
+        let sim = sim(&[(0, PageSize::M2, Entry::DIRTY)]);
+        let mut dirty = Dirty::default();
+        assert_eq!(clean_and_record(&Raced(&sim, Some(race).into()), 0..BLOCK, &mut dirty), Ok(()));
+        assert_eq!(dirty.runs(), recorded);
+        assert!(!(0..BLOCK).any(|page| sim.entry(page).is_some_and(|(_, entry)| entry.dirty)));
     }
 }
 
@@ -267,16 +404,16 @@ fn running_out_of_memory_is_reported_as_that_and_leaves_the_entry_whole() {
     let sim = sim(&[(0, PageSize::M2, Entry::CLEAN), (BLOCK, PageSize::M2, Entry::DIRTY)]);
     sim.limit_memory(1);
     let (told, outcome) = tell(&sim, 0..2 * BLOCK, |_| Ok(Step::Descend(Split)));
-    assert_eq!(outcome, Err(WalkError::OutOfMemory { page: BLOCK, size: PageSize::M2 }));
+    assert_eq!(outcome, Err(WalkError::OutOfMemory { page: BLOCK }));
     assert!(told.contains(&Told::Leaves(0..BLOCK)), "all pages before it are handled");
     assert_eq!(sim.entry(BLOCK), Some((PageSize::M2, Entry::DIRTY)));
 
     sim.map(0, PageSize::G1, Entry::DIRTY).unwrap();
     let (_, outcome) = tell(&sim, 5..6, |_| Ok(Step::Descend(Split)));
-    assert_eq!(outcome, Err(WalkError::OutOfMemory { page: 5, size: PageSize::G1 }));
+    assert_eq!(outcome, Err(WalkError::OutOfMemory { page: 5 }));
     assert_eq!(sim.entry(5), Some((PageSize::G1, Entry::DIRTY)));
     let text = outcome.unwrap_err().to_string();
-    assert!(text.contains("1G") && text.contains("memory"), "{text}");
+    assert!(text.contains("page 0x5 ") && text.contains("memory"), "{text}");
 }
 
 // Rule 7.
@@ -297,6 +434,23 @@ fn the_zero_page_is_split_like_any_other() {
 }
 
 // Rule 8, and the utilities.
+
+#[test]
+fn a_walk_that_only_reads_splits_nothing() {
+    let sim = sim(&[(0, PageSize::M2, Entry::DIRTY), (BLOCK, PageSize::K4, Entry::DIRTY)]);
+    sim.limit_memory(0);
+    let mut leaves = Vec::new();
+    let outcome = Walk::new(&sim)
+        .huge(|_| Ok::<_, Infallible>(Step::Handled))
+        .leaves(|pages, _| {
+            leaves.push(pages);
+            Ok(Seen::All)
+        })
+        .run(0..2 * BLOCK);
+    assert_eq!(outcome, Ok(()));
+    assert_eq!(leaves, [BLOCK..BLOCK + 1], "leaves that are there are visited, and no other");
+    assert_eq!(size_at(&sim, 0), Some(PageSize::M2));
+}
 
 #[test]
 fn what_is_protected_and_clean_stays_huge() {
@@ -353,333 +507,7 @@ fn what_was_cleaned_before_memory_ran_out_is_recorded() {
     sim.limit_memory(0);
     let mut dirty = Dirty::default();
     let outcome = clean_and_record(&sim, 0..BLOCK + 5, &mut dirty);
-    assert_eq!(outcome, Err(WalkError::OutOfMemory { page: BLOCK, size: PageSize::M2 }));
+    assert_eq!(outcome, Err(WalkError::OutOfMemory { page: BLOCK }));
     assert_eq!(dirty.runs(), [0..BLOCK]);
     assert_eq!(sim.entry(BLOCK), Some((PageSize::M2, Entry::DIRTY)), "nothing of it is lost");
-}
-
-// All of it, against a naive table.
-
-/// Pages that the properties look at: three blocks.
-const PAGES: u64 = 3 * BLOCK;
-
-#[derive(Clone, Debug)]
-enum Op {
-    Map(u64, PageSize, Entry),
-    Zap(u64),
-    Split(u64),
-    Collapse(u64),
-    Write(u64),
-}
-
-/// The table page by page.
-#[derive(Clone, Debug, PartialEq)]
-struct Naive(Vec<Option<(PageSize, Entry)>>);
-
-impl Naive {
-    fn new() -> Naive {
-        Naive(vec![None; PAGES as usize])
-    }
-
-    fn block(&mut self, page: u64) -> &mut [Option<(PageSize, Entry)>] {
-        let start = (page - page % BLOCK) as usize;
-        &mut self.0[start..start + BLOCK as usize]
-    }
-
-    fn split(&mut self, page: u64) {
-        self.block(page).iter_mut().flatten().for_each(|(size, _)| *size = PageSize::K4);
-    }
-
-    fn apply(&mut self, op: &Op) {
-        match *op {
-            Op::Map(page, PageSize::K4, entry) => {
-                self.split(page);
-                self.0[page as usize] = Some((PageSize::K4, entry));
-            }
-            Op::Map(page, size, entry) => self.block(page).fill(Some((size, entry))),
-            Op::Zap(page) => match self.0[page as usize] {
-                Some((PageSize::M2, _)) => self.block(page).fill(None),
-                _ => self.0[page as usize] = None,
-            },
-            Op::Split(page) => self.split(page),
-            Op::Collapse(page) => {
-                let leaves: Vec<_> = self.block(page).iter().copied().flatten().collect();
-                if leaves.len() == BLOCK as usize && leaves[0].0 == PageSize::K4 {
-                    let entry = Entry {
-                        writable: leaves.iter().all(|(_, entry)| entry.writable),
-                        dirty: leaves.iter().any(|(_, entry)| entry.dirty),
-                        zero: leaves.iter().all(|(_, entry)| entry.zero),
-                    };
-                    self.block(page).fill(Some((PageSize::M2, entry)));
-                }
-            }
-            Op::Write(page) => match self.0[page as usize] {
-                Some((PageSize::M2, entry)) if entry.writable => {
-                    self.block(page).fill(Some((PageSize::M2, Entry::DIRTY)));
-                }
-                _ => {
-                    self.split(page);
-                    self.0[page as usize] = Some((PageSize::K4, Entry::DIRTY));
-                }
-            },
-        }
-    }
-}
-
-fn apply(sim: &Sim, op: &Op) {
-    match *op {
-        Op::Map(page, size, entry) => sim.map(page, size, entry).unwrap(),
-        Op::Zap(page) => _ = sim.zap(page),
-        Op::Split(page) => sim.split(page, Split).unwrap(),
-        Op::Collapse(page) => _ = sim.collapse(page, PageSize::M2),
-        Op::Write(page) => sim.write(page).unwrap(),
-    }
-}
-
-fn ops(most: usize) -> impl Strategy<Value = Vec<Op>> {
-    // Mostly pages that are met often, at the edges of words and blocks.
-    let page = prop_oneof![
-        3 => prop::sample::select(vec![0, 1, 63, 64, 511, 512, 513, 1000, 1023, 1024, 1100, 1535]),
-        1 => 0..PAGES,
-    ];
-    let entry = (any::<bool>(), any::<bool>(), prop::bool::weighted(0.1))
-        .prop_map(|(writable, dirty, zero)| Entry { writable, dirty, zero });
-    let size = prop_oneof![Just(PageSize::K4), Just(PageSize::M2)];
-    let op = prop_oneof![
-        3 => (page.clone(), size, entry).prop_map(|(page, size, entry)| Op::Map(page, size, entry)),
-        1 => page.clone().prop_map(Op::Zap),
-        1 => page.clone().prop_map(Op::Split),
-        2 => page.clone().prop_map(Op::Collapse),
-        3 => page.prop_map(Op::Write),
-    ];
-    prop::collection::vec(op, 0..most)
-}
-
-/// The simulated table with a naive one beside it, and others who change both before every call of the walker's.
-struct Racing<'s> {
-    sim: &'s Sim,
-    naive: RefCell<Naive>,
-    racing: RefCell<VecDeque<Op>>,
-    /// Pages that racing changes may have made dirty or writable.
-    touched: RefCell<BTreeSet<u64>>,
-    /// The range that is walked over: nothing else may be changed.
-    pages: Range<u64>,
-    /// Pages that the walker changed, in order.
-    changed: RefCell<Vec<u64>>,
-    splits: Cell<usize>,
-}
-
-impl<'s> Racing<'s> {
-    fn new(sim: &'s Sim, before: &[Op], racing: &[Op], pages: Range<u64>) -> Racing<'s> {
-        let mut naive = Naive::new();
-        for op in before {
-            naive.apply(op);
-            apply(sim, op);
-        }
-        Racing {
-            sim,
-            naive: RefCell::new(naive),
-            racing: RefCell::new(racing.iter().cloned().collect()),
-            touched: RefCell::default(),
-            pages,
-            changed: RefCell::default(),
-            splits: Cell::new(0),
-        }
-    }
-
-    fn race(&self) {
-        let Some(op) = self.racing.borrow_mut().pop_front() else { return };
-        apply(self.sim, &op);
-        let mut naive = self.naive.borrow_mut();
-        let before = naive.clone();
-        naive.apply(&op);
-        let worse =
-            |(page, (now, before)): (u64, (&Option<(PageSize, Entry)>, &Option<(PageSize, Entry)>))| {
-                (now.map(|(_, entry)| entry) != before.map(|(_, entry)| entry)).then_some(page)
-            };
-        self.touched.borrow_mut().extend((0..).zip(naive.0.iter().zip(&before.0)).filter_map(worse));
-    }
-
-    fn entry(&self, page: u64) -> Option<(PageSize, Entry)> {
-        self.naive.borrow().0[page as usize]
-    }
-
-    fn note_change(&self, pages: Range<u64>, size: PageSize, seen: Entry, change: Change) {
-        assert!(
-            self.pages.start <= pages.start && pages.end <= self.pages.end,
-            "{pages:?} are not all in the range"
-        );
-        for page in pages {
-            assert_eq!(self.entry(page), Some((size, seen)), "page {page} was not as seen");
-            let mut entry = seen;
-            match change {
-                Change::Protect => entry.writable = false,
-                Change::Clean => entry.dirty = false,
-            }
-            self.naive.borrow_mut().0[page as usize] = Some((size, entry));
-            self.changed.borrow_mut().push(page);
-        }
-    }
-
-    fn matches(&self) -> bool {
-        (0..PAGES).all(|page| self.sim.entry(page) == self.entry(page))
-    }
-}
-
-impl Table for Racing<'_> {
-    type Huge = Entry;
-    type Leaf = Entry;
-    type Descend = Split;
-    type Error = Infallible;
-
-    fn look(&self, pages: Range<u64>) -> Result<Look<Entry, Entry>, Infallible> {
-        self.race();
-        self.sim.look(pages)
-    }
-
-    fn split(&self, page: u64, how: Split) -> Result<(), OutOfMemory> {
-        self.race();
-        self.naive.borrow_mut().split(page);
-        self.splits.set(self.splits.get() + 1);
-        self.sim.split(page, how)
-    }
-}
-
-impl Protect for Racing<'_> {
-    fn change_huge(&self, page: u64, seen: Entry, change: Change) -> bool {
-        self.race();
-        let changed = self.sim.change_huge(page, seen, change);
-        if changed {
-            let start = page - page % BLOCK;
-            self.note_change(start..start + BLOCK, PageSize::M2, seen, change);
-        }
-        changed
-    }
-
-    fn change_leaves(&self, pages: Range<u64>, seen: Entry, change: Change) -> u64 {
-        self.race();
-        let changed = self.sim.change_leaves(pages.clone(), seen, change);
-        self.note_change(pages.start..pages.start + changed, PageSize::K4, seen, change);
-        changed
-    }
-}
-
-fn range() -> impl Strategy<Value = Range<u64>> {
-    let edge = prop_oneof![prop::sample::select(vec![0, 1, 64, 512, 600, 1024, 1536]), 0..=PAGES];
-    (edge.clone(), edge).prop_map(|(a, b)| a.min(b)..a.max(b))
-}
-
-proptest! {
-    #[test]
-    fn the_simulated_table_does_as_the_naive_one(ops in ops(30)) {
-        let sim = Sim::new(1);
-        let table = Racing::new(&sim, &ops, &[], 0..0);
-        prop_assert!(table.matches());
-    }
-
-    #[test]
-    fn each_page_is_handled_once_as_what_it_is(
-        before in ops(12),
-        racing in ops(40),
-        steps in prop::collection::vec(0..4u8, 40),
-        pages in range(),
-    ) {
-        let sim = Sim::new(1);
-        let table = Racing::new(&sim, &before, &racing, pages.clone());
-        let mut steps = steps.into_iter();
-        let handled = RefCell::new(Vec::new());
-        let mut splits = 0;
-        // Nothing races between a look and its callback here, so what is told must be what is there.
-        let is = |pages: &Range<u64>, entry: Option<(PageSize, Entry)>| {
-            pages.clone().all(|page| table.entry(page) == entry)
-        };
-        let outcome = Walk::new(&table)
-            .huge(|entry| {
-                assert!(is(&entry.pages, Some((entry.size, entry.huge))));
-                Ok::<_, Infallible>(match steps.next() {
-                    Some(0) => Step::Retry,
-                    Some(1 | 2) => {
-                        splits += 1;
-                        Step::Descend(Split)
-                    }
-                    _ => {
-                        handled.borrow_mut().extend(entry.pages);
-                        Step::Handled
-                    }
-                })
-            })
-            .leaves(|pages, leaf| {
-                assert!(is(&pages, Some((PageSize::K4, leaf))));
-                let some = pages.start..pages.end.min(pages.start + 100);
-                handled.borrow_mut().extend(some.clone());
-                Ok(Seen::Only(some.end - some.start))
-            })
-            .holes(|pages| {
-                assert!(is(&pages, None));
-                handled.borrow_mut().extend(pages);
-                Ok(Seen::All)
-            })
-            .run(pages.clone());
-        prop_assert_eq!(outcome, Ok(()));
-        prop_assert_eq!(handled.into_inner(), pages.collect::<Vec<_>>());
-        prop_assert_eq!(table.splits.get(), splits, "one split for each descent");
-        prop_assert!(table.matches());
-    }
-
-    #[test]
-    fn clean_and_record_takes_what_was_dirty(before in ops(12), racing in ops(12), pages in range()) {
-        let sim = Sim::new(1);
-        let table = Racing::new(&sim, &before, &racing, pages.clone());
-        let was: Vec<_> = pages
-            .clone()
-            .filter(|&page| table.entry(page).is_some_and(|(_, entry)| entry.dirty))
-            .collect();
-        let mut dirty = Dirty::default();
-        prop_assert_eq!(clean_and_record(&table, pages.clone(), &mut dirty), Ok(()));
-
-        let recorded: Vec<_> = dirty.runs().iter().cloned().flatten().collect();
-        prop_assert_eq!(&recorded, &*table.changed.borrow(), "recorded is what was cleaned, once");
-        prop_assert!(dirty.runs().windows(2).all(|runs| runs[0].end < runs[1].start), "runs do not touch");
-        prop_assert!(table.matches());
-        let touched = table.touched.borrow();
-        for page in pages {
-            let still = table.entry(page).is_some_and(|(_, entry)| entry.dirty);
-            prop_assert!(!still || touched.contains(&page), "page {} was left dirty", page);
-            if !touched.contains(&page) {
-                prop_assert_eq!(recorded.binary_search(&page).is_ok(), was.binary_search(&page).is_ok());
-            }
-        }
-    }
-
-    #[test]
-    fn write_protect_protects_the_range(before in ops(12), racing in ops(12), pages in range()) {
-        let sim = Sim::new(1);
-        let table = Racing::new(&sim, &before, &racing, pages.clone());
-        let protected = write_protect(&table, pages.clone());
-        prop_assert_eq!(protected, Ok(table.changed.borrow().len() as u64));
-        prop_assert!(table.matches());
-        let touched = table.touched.borrow();
-        for page in pages {
-            let writable = table.entry(page).is_some_and(|(_, entry)| entry.writable);
-            prop_assert!(!writable || touched.contains(&page), "page {} was left writable", page);
-        }
-    }
-
-    #[test]
-    fn nothing_is_split_for_nothing(before in ops(12), pages in range()) {
-        let sim = Sim::new(1);
-        let table = Racing::new(&sim, &before, &[], pages.clone());
-        // Only a huge entry that reaches beyond the range and is dirty needs a split: one at each end.
-        let cut = |page: u64| !page.is_multiple_of(BLOCK) && !pages.is_empty();
-        let dirty_huge = |page: u64| matches!(table.entry(page), Some((PageSize::M2, entry)) if entry.dirty);
-        let mut blocks = BTreeSet::new();
-        if cut(pages.start) && dirty_huge(pages.start) {
-            blocks.insert(pages.start / BLOCK);
-        }
-        if cut(pages.end) && dirty_huge(pages.end - 1) {
-            blocks.insert((pages.end - 1) / BLOCK);
-        }
-        clean_and_record(&table, pages.clone(), &mut Dirty::default()).unwrap();
-        prop_assert_eq!(table.splits.get(), blocks.len());
-    }
 }

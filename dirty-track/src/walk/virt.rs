@@ -75,7 +75,7 @@ pub fn virtual_view<M: GuestMemoryBackend>(
             // The part of the entry that is to be handled need not begin where the entry does.
             let skipped = entry.pages.start - entry.start();
             let mapping = Mapping { gfn: Gfn(entry.huge.gfn.0 + skipped), ..entry.huge };
-            found.borrow_mut().add(&dirty, entry.pages, mapping)?;
+            found.borrow_mut().add(&dirty, entry.pages.clone(), mapping)?;
             Ok(Step::<Infallible>::Handled)
         })
         .leaves(|pages, mapping| {
@@ -89,7 +89,7 @@ pub fn virtual_view<M: GuestMemoryBackend>(
             Some(page << PAGE_SHIFT)
         }
         Err(WalkError::Table(error)) => return Err(error),
-        Err(WalkError::OutOfMemory { page, .. }) => Some(page << PAGE_SHIFT),
+        Err(WalkError::OutOfMemory { page }) => Some(page << PAGE_SHIFT),
     };
     Ok(VirtualView { runs: found.into_inner().runs, cut_short_at, malformed: tables.malformed() })
 }

@@ -69,17 +69,17 @@ pub trait OnHuge<T: Table, E, L> {
     ///
     /// # Errors
     /// The visitor's own; it ends the walk.
-    fn huge(&mut self, entry: HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E>;
+    fn huge(&mut self, entry: &HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E>;
 }
 
 impl<T: Table, E> OnHuge<T, E, Nothing> for Nothing {
-    fn huge(&mut self, _: HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E> {
+    fn huge(&mut self, _: &HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E> {
         Ok(Step::Handled)
     }
 }
 
 impl<T: Table<Descend = Split>, E, F> OnHuge<T, E, Call<F>> for Nothing {
-    fn huge(&mut self, _: HugeEntry<T::Huge>) -> Result<Step<Split>, E> {
+    fn huge(&mut self, _: &HugeEntry<T::Huge>) -> Result<Step<Split>, E> {
         Ok(Step::Descend(Split))
     }
 }
@@ -87,9 +87,9 @@ impl<T: Table<Descend = Split>, E, F> OnHuge<T, E, Call<F>> for Nothing {
 impl<T, E, L, F> OnHuge<T, E, L> for Call<F>
 where
     T: Table,
-    F: FnMut(HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E>,
+    F: FnMut(&HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E>,
 {
-    fn huge(&mut self, entry: HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E> {
+    fn huge(&mut self, entry: &HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E> {
         (self.0)(entry)
     }
 }
@@ -151,7 +151,7 @@ impl<'t, T: Table, H, L, O> Walk<'t, T, H, L, O> {
     /// Calls `callback` at huge entries.
     pub fn huge<E, F>(self, callback: F) -> Walk<'t, T, Call<F>, L, O>
     where
-        F: FnMut(HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E>,
+        F: FnMut(&HugeEntry<T::Huge>) -> Result<Step<T::Descend>, E>,
     {
         Walk { table: self.table, huge: Call(callback), leaves: self.leaves, holes: self.holes }
     }
@@ -199,11 +199,11 @@ impl<'t, T: Table, H, L, O> Walk<'t, T, H, L, O> {
                     let left = size.leaves() - page % size.leaves();
                     let end = page.saturating_add(left).min(pages.end);
                     let entry = HugeEntry { pages: page..end, size, huge };
-                    match self.huge.huge(entry).map_err(WalkError::Visitor)? {
+                    match self.huge.huge(&entry).map_err(WalkError::Visitor)? {
                         Step::Handled => page = end,
                         Step::Retry => {}
                         Step::Descend(how) => {
-                            self.table.split(page, how).map_err(|_| WalkError::OutOfMemory { page, size })?
+                            self.table.split(&entry, how).map_err(|_| WalkError::OutOfMemory { page })?
                         }
                     }
                 }

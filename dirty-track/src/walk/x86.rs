@@ -20,9 +20,10 @@ use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::bitmap::MS;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
-use super::{Look, OutOfMemory, Table};
+use super::{HugeEntry, Look, OutOfMemory, Table};
 use crate::addr::{Gfn, PAGE_BYTES, PAGE_SHIFT, PageSize};
 
 /// Pages of 64 bits of addresses.
@@ -191,16 +192,26 @@ impl<'m, M: GuestMemoryBackend> GuestTables<'m, M> {
         self.malformed.set(self.malformed.get() + 1);
     }
 
-    /// Entry `index` of the table at `table`; `None` when that is not in RAM.
-    fn entry(&self, table: u64, index: u64) -> Option<u64> {
-        let table = self.memory.get_slice(GuestAddress(table), PAGE_BYTES).ok()?;
-        table.load(index as usize * size_of::<u64>(), Ordering::Relaxed).ok()
+    /// The table at `address`; `None` when not all of it is in RAM.
+    fn table(&self, address: u64) -> Option<Entries<'m, M>> {
+        self.memory.get_slice(GuestAddress(address), PAGE_BYTES).ok().map(Entries)
+    }
+}
+
+/// A page table in guest memory.
+struct Entries<'m, M: GuestMemoryBackend + ?Sized>(VolatileSlice<'m, MS<'m, M>>);
+
+impl<M: GuestMemoryBackend> Entries<'_, M> {
+    /// Entry `index`, below 512, in one load. `None` only where the monitor mapped guest memory out of alignment.
+    fn get(&self, index: u64) -> Option<u64> {
+        self.0.load(index as usize * size_of::<u64>(), Ordering::Relaxed).ok()
     }
 
-    /// Index after the last of the entries of `table` from `index` on, below `end`, for which `go_on` holds.
-    fn run(&self, table: u64, index: u64, end: u64, go_on: impl Fn(u64, u64) -> bool) -> u64 {
+    /// Index after the last of the entries from `index` on, below `end`, for which `go_on` holds; the one at `index`
+    /// is not asked.
+    fn run(&self, index: u64, end: u64, go_on: impl Fn(u64, u64) -> bool) -> u64 {
         (index + 1..end)
-            .find(|&next| !self.entry(table, next).is_some_and(|entry| go_on(next, entry)))
+            .find(|&next| !self.get(next).is_some_and(|entry| go_on(next, entry)))
             .unwrap_or(end)
     }
 }
@@ -236,7 +247,8 @@ impl<M: GuestMemoryBackend> Table for GuestTables<'_, M> {
             // First page of entry 0 of this table, and the entry that `most` is in or at the end of.
             let base = page - page % span - index * span;
             let last = ((most - base).div_ceil(span)).min(1 << LEVEL_BITS);
-            let Some(entry) = self.entry(table, index) else {
+            let entries = self.table(table);
+            let Some((entries, entry)) = entries.and_then(|all| all.get(index).map(|entry| (all, entry))) else {
                 self.count_malformed();
                 return Ok(Look::Hole { end: (base + (span << LEVEL_BITS)).min(most) });
             };
@@ -258,11 +270,11 @@ impl<M: GuestMemoryBackend> Table for GuestTables<'_, M> {
                     let size = match level {
                         0 => {
                             // Bit for bit the same but for the address, which goes up by a page each time.
-                            let follows =
-                                |next, other| other == entry.wrapping_add((next - index) << PAGE_SHIFT);
-                            let valid = |other| matches!(self.paging.decode(0, other), Entry::Page(_));
-                            let end = self
-                                .run(table, index, last, |next, other| follows(next, other) && valid(other));
+                            let end = entries.run(index, last, |next, other| {
+                                let follows = Entry::Page(gpa + ((next - index) << PAGE_SHIFT));
+                                other & !ADDRESS == entry & !ADDRESS
+                                    && self.paging.decode(0, other) == follows
+                            });
                             return Ok(Look::Leaves { end: base + end, leaf: mapping });
                         }
                         1 => PageSize::M2,
@@ -275,14 +287,14 @@ impl<M: GuestMemoryBackend> Table for GuestTables<'_, M> {
                         self.count_malformed();
                     }
                     let not_present = |_, other| self.paging.decode(level, other) == Entry::NotPresent;
-                    let end = self.run(table, index, last, not_present);
+                    let end = entries.run(index, last, not_present);
                     return Ok(Look::Hole { end: (base + end * span).min(most) });
                 }
             }
         }
     }
 
-    fn split(&self, _: u64, how: Infallible) -> Result<(), OutOfMemory> {
+    fn split(&self, _: &HugeEntry<Mapping>, how: Infallible) -> Result<(), OutOfMemory> {
         match how {}
     }
 }
