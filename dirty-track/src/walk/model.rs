@@ -131,7 +131,7 @@ const HUGE: &[Op] = &[Map(0, M2, Entry::WRITABLE)];
 const LEAVES: &[Op] = &[Map(0, M2, Entry::WRITABLE), Map(9, K4, Entry::DIRTY)];
 
 /// Hands out all pages of a range, and checks that each comes once. Huge entries are split if `descend` says so, and
-/// handled otherwise; of runs of leaves at most 100 are taken at a time.
+/// handled otherwise.
 fn once<const FAULT: u8>(table: &Faulty<FAULT>, pages: Range<u64>, descend: bool) {
     let handled = RefCell::new(Vec::<Range<u64>>::new());
     let outcome = Walk::new(table)

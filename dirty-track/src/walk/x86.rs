@@ -300,4 +300,4 @@ impl<M: GuestMemoryBackend> Table for GuestTables<'_, M> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
