@@ -4,6 +4,7 @@
 //! It is found by walking the whole address space, for there is no map the other way round. Both the effort and the
 //! result are limited, because the guest decides how large they get; a view that was cut short says where.
 
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::ops::Range;
 
@@ -69,7 +70,7 @@ pub fn virtual_view<M: GuestMemoryBackend>(
 ) -> Result<VirtualView, X86Error> {
     let dirty = normalize(dirty);
     let tables = GuestTables::new(memory, paging, limits.looks)?;
-    let found = std::cell::RefCell::new(Found { runs: Vec::new(), most: limits.runs });
+    let found = RefCell::new(Found { runs: Vec::new(), most: limits.runs });
     let walked = Walk::new(&tables)
         .huge(|entry| {
             // The part of the entry that is to be handled need not begin where the entry does.
@@ -85,11 +86,12 @@ pub fn virtual_view<M: GuestMemoryBackend>(
         .run(tables.pages());
     let cut_short_at = match walked {
         Ok(()) => None,
-        Err(WalkError::Visitor(Full { page }) | WalkError::Table(X86Error::TooLong { page })) => {
-            Some(page << PAGE_SHIFT)
-        }
-        Err(WalkError::Table(error)) => return Err(error),
-        Err(WalkError::OutOfMemory { page }) => Some(page << PAGE_SHIFT),
+        Err(WalkError::Table(error @ X86Error::PhysBits(_))) => return Err(error),
+        Err(
+            WalkError::Visitor(Full { page })
+            | WalkError::Table(X86Error::TooLong { page })
+            | WalkError::OutOfMemory { page },
+        ) => Some(page << PAGE_SHIFT),
     };
     Ok(VirtualView { runs: found.into_inner().runs, cut_short_at, malformed: tables.malformed() })
 }

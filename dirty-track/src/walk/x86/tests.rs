@@ -435,28 +435,44 @@ pub(in crate::walk) enum Write {
     Entry { table: u64, index: u64, entry: u64 },
     /// Entries of neighbouring pages, up to `end`.
     Run { table: u64, start: u64, end: u64, entry: u64 },
+    /// The entries on the way to the virtual page `page`, from the root on.
+    Path { page: u64, entries: Vec<u64> },
 }
 
 pub(in crate::walk) const HOSTILE_PAGES: u64 = 12;
 
-/// Pages of which each entry of each level is met with some luck.
+/// Indices that are met often.
 fn index() -> impl Strategy<Value = u64> {
     prop_oneof![4 => prop::sample::select(vec![0, 1, 255, 256, 511]), 1 => 0..512u64]
 }
 
+/// A virtual page that is canonical with 5 levels, and mostly with 4.
+fn page() -> impl Strategy<Value = u64> {
+    (prop::collection::vec(index(), 5), prop::bool::weighted(0.8)).prop_map(|(indices, short)| {
+        let page = indices.iter().fold(0, |page, index| page << 9 | index);
+        let bits = if short { 36 } else { 45 };
+        let upper = ALL_PAGES - (1 << bits);
+        if page >> (bits - 1) & 1 != 0 { page | upper } else { page & ((1 << bits) - 1) }
+    })
+}
+
+/// An entry that is a table in RAM, or nearly so.
+fn table_entry() -> impl Strategy<Value = u64> {
+    let flags = any::<u64>().prop_map(|some| some & (WRITABLE | USER | ACCESSED | DIRTY));
+    let page = prop_oneof![20 => 2..HOSTILE_PAGES, 1 => 0..HOSTILE_PAGES + 2];
+    (page, flags).prop_map(|(page, flags)| page << PAGE_SHIFT | flags | PRESENT)
+}
+
+/// Any entry: tables, pages of all sizes, some with bits that are reserved, and whatever 64 bits may be.
 fn entry() -> impl Strategy<Value = u64> {
-    // Mostly what a table entry could be, of a page in RAM or a little beyond; then bits that are reserved somewhere.
-    let flags = (any::<u64>(), prop_oneof![3 => Just(0), 1 => any::<u64>()])
-        .prop_map(|(some, any)| some & (WRITABLE | USER | ACCESSED | DIRTY) | any & (LARGE | NO_EXECUTE));
-    let sane = (0..HOSTILE_PAGES + 2, flags, prop::bool::weighted(0.95))
-        .prop_map(|(page, flags, present)| page << PAGE_SHIFT | flags | u64::from(present));
     let bit = (0..64u32).prop_map(|bit| 1u64 << bit);
-    let large = (0..1u64 << 31, any::<bool>())
-        .prop_map(|(block, giga)| PRESENT | LARGE | block << if giga { 30 } else { 21 });
+    let large = (0..1u64 << 25, any::<bool>(), any::<u64>()).prop_map(|(block, giga, some)| {
+        PRESENT | LARGE | block << if giga { 30 } else { 21 } & ADDRESS | some & (WRITABLE | USER | NO_EXECUTE)
+    });
     prop_oneof![
-        12 => sane.clone(),
-        2 => (sane, bit).prop_map(|(sane, bit)| sane ^ bit),
-        2 => large,
+        8 => table_entry(),
+        2 => (table_entry(), bit).prop_map(|(entry, bit)| entry ^ bit),
+        4 => large,
         1 => any::<u64>(),
     ]
 }
@@ -473,31 +489,29 @@ pub(in crate::walk) struct Hostile {
 pub(in crate::walk) fn hostile() -> impl Strategy<Value = Hostile> {
     let table = 0..HOSTILE_PAGES;
     let write = prop_oneof![
-        8 => (table.clone(), index(), entry())
+        1 => (table.clone(), index(), entry())
             .prop_map(|(table, index, entry)| Write::Entry { table, index, entry }),
         1 => (table, index(), index(), entry()).prop_map(|(table, a, b, entry)| {
             Write::Run { table, start: a.min(b), end: a.max(b), entry }
         }),
     ];
-    let cr3 = prop_oneof![6 => Just(0x1000), 1 => entry(), 1 => any::<u64>()];
-    let paging = (cr3, any::<bool>(), any::<bool>(), prop_oneof![3 => Just(46u32), 1 => 32..=52u32])
+    let cr3 = prop_oneof![8 => Just(0x1000), 1 => entry(), 1 => any::<u64>()];
+    let paging = (cr3, any::<bool>(), prop::bool::weighted(0.8), prop_oneof![3 => Just(46u32), 1 => 32..=52u32])
         .prop_map(|(cr3, la57, nxe, maxphyaddr)| Paging { cr3, la57, nxe, maxphyaddr });
-    let page = prop::collection::vec(index(), 5).prop_map(|indices| {
-        let page = indices.iter().fold(0, |page, index| page << 9 | index);
-        // Of 5 indices the lower 45 bits; the others as a sign, or not.
-        if page >> 44 & 1 != 0 { page | 0x7f << 45 } else { page }
+    let above = prop_oneof![12 => table_entry().boxed(), 1 => entry().boxed()];
+    let path = (page(), prop::collection::vec(above, 4), entry()).prop_map(|(page, mut entries, last)| {
+        entries.push(last);
+        Write::Path { page, entries }
     });
-    let page = (page, any::<bool>()).prop_map(|(page, short)| {
-        // Canonical with 4 levels too.
-        let low = page & ((1 << 36) - 1);
-        match short {
-            true if low >> 35 != 0 => low | 0xffff << 36,
-            true => low,
-            false => page,
-        }
-    });
-    (prop::collection::vec(write, 0..40), paging, prop::collection::vec(page, 8))
-        .prop_map(|(writes, paging, pages)| Hostile { writes, paging, pages })
+    (prop::collection::vec(path, 1..8), prop::collection::vec(write, 0..4), paging, prop::collection::vec(page(), 2))
+        .prop_map(|(mut writes, more, paging, mut pages)| {
+            pages.extend(writes.iter().filter_map(|write| match write {
+                Write::Path { page, .. } => Some(*page),
+                _ => None,
+            }));
+            writes.extend(more);
+            Hostile { writes, paging, pages }
+        })
 }
 
 impl Hostile {
@@ -505,6 +519,16 @@ impl Hostile {
         let guest = Guest { paging: self.paging, ..Guest::new(false, HOSTILE_PAGES as usize) };
         for write in &self.writes {
             match *write {
+                Write::Path { page, ref entries } => {
+                    let mut table = 0x1000;
+                    let levels = self.paging.levels();
+                    for (level, &entry) in (0..levels).rev().zip(&entries[5 - levels as usize..]) {
+                        if table < HOSTILE_PAGES << PAGE_SHIFT {
+                            guest.set(table, page >> (9 * level) & 511, entry);
+                        }
+                        table = entry & ADDRESS;
+                    }
+                }
                 Write::Entry { table, index, entry } => guest.set(table << PAGE_SHIFT, index, entry),
                 Write::Run { table, start, end, entry } => (start..end).for_each(|index| {
                     guest.set(table << PAGE_SHIFT, index, entry.wrapping_add((index - start) << PAGE_SHIFT));
