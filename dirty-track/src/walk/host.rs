@@ -90,7 +90,9 @@ impl HostMap {
         let pagemap = Pagemap::open().map_err(HostError::Open)?;
         let mut map = HostMap { pages: pages.clone(), runs: Vec::new() };
         let mut batch = [Found::NOTHING; BATCH];
-        let end = pages.end.saturating_mul(PAGE_SIZE);
+        let none = HostError::Scan { address: u64::MAX, source: errno::Error::new(libc::EFAULT) };
+        let end = pages.end.checked_mul(PAGE_SIZE).ok_or(none)?;
+        // An empty range may begin anywhere.
         let mut address = pages.start.saturating_mul(PAGE_SIZE);
         while address < end {
             let failed = |source| HostError::Scan { address, source };

@@ -83,7 +83,8 @@ impl Backing {
     }
 }
 
-fn memfd(flags: libc::c_uint) -> File {
+/// An empty file in memory.
+pub(crate) fn memfd(flags: libc::c_uint) -> File {
     const NAME: &CStr = c"slot";
     // SAFETY: the name is a NUL-terminated string, and the descriptor that is returned is nobody else's.
     unsafe {

@@ -3,6 +3,7 @@
 mod allocation;
 mod backing;
 mod copy;
+mod host_map;
 mod logs;
 mod machine;
 mod mapping;
