@@ -150,14 +150,22 @@ fn guest(size: PageSize, mut frame: impl FnMut(u64) -> u64) -> GuestMemoryMmap {
 
 /// The baseline of the walk over [`GuestTables`]. `each` gets the first virtual page of an entry, how many, and the
 /// first frame.
-fn descend(memory: &GuestMemoryMmap, table: u64, level: u32, page: u64, each: &mut impl FnMut(u64, u64, u64)) {
+fn descend(
+    memory: &GuestMemoryMmap,
+    table: u64,
+    level: u32,
+    page: u64,
+    each: &mut impl FnMut(u64, u64, u64),
+) {
     const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
     for index in 0..512 {
         let entry: u64 = memory.read_obj(GuestAddress(table + index * 8)).unwrap();
         let page = page + (index << (9 * level));
         match entry {
             _ if entry & 1 == 0 => {}
-            _ if level == 0 || entry & 1 << 7 != 0 => each(page, 1 << (9 * level), (entry & ADDRESS) >> PAGE_SHIFT),
+            _ if level == 0 || entry & 1 << 7 != 0 => {
+                each(page, 1 << (9 * level), (entry & ADDRESS) >> PAGE_SHIFT)
+            }
             _ => descend(memory, entry & ADDRESS, level - 1, page, each),
         }
     }
@@ -226,7 +234,9 @@ fn guest_tables(criterion: &mut Criterion) {
         let naive = || {
             let mut found = Vec::new();
             descend(&memory, PAGING.cr3, 3, 0, &mut |page, pages, gfn| {
-                found.extend((0..pages).filter(|offset| bits[(gfn + offset) as usize]).map(|offset| page + offset));
+                found.extend(
+                    (0..pages).filter(|offset| bits[(gfn + offset) as usize]).map(|offset| page + offset),
+                );
             });
             found
         };

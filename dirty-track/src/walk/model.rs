@@ -237,7 +237,10 @@ fn all_is_protected<const FAULT: u8, const OTHERS: usize>(
         let pages = pages.clone();
         Box::new(move |sim| {
             let writable = |page: &u64| sim.entry(*page).is_some_and(|(_, entry)| entry.writable);
-            assert_eq!([0, 1, 9, 10, BLOCK - 1].into_iter().filter(|page| pages.contains(page)).find(writable), None);
+            assert_eq!(
+                [0, 1, 9, 10, BLOCK - 1].into_iter().filter(|page| pages.contains(page)).find(writable),
+                None
+            );
         })
     });
 }
@@ -273,7 +276,8 @@ fn no_write_is_lost<const FAULT: u8, const OTHERS: usize>(
         clean_and_record(table, 0..BLOCK, &mut dirty).unwrap();
         Box::new(move |sim| {
             let recorded = |page| dirty.runs().iter().any(|run| run.contains(&page));
-            let reported = |page: &u64| recorded(*page) || sim.entry(*page).is_some_and(|(_, entry)| entry.dirty);
+            let reported =
+                |page: &u64| recorded(*page) || sim.entry(*page).is_some_and(|(_, entry)| entry.dirty);
             assert!(written.iter().all(reported), "a write was lost");
             assert!(!never.as_ref().is_some_and(reported), "recorded without a write");
         })

@@ -271,7 +271,10 @@ impl Racing {
             self.pages.start <= pages.start && pages.end <= self.pages.end,
             "{pages:?} are not all in the range"
         );
-        assert!(if change == Change::Clean { seen.dirty } else { seen.writable }, "{pages:?} needed no change");
+        assert!(
+            if change == Change::Clean { seen.dirty } else { seen.writable },
+            "{pages:?} needed no change"
+        );
         assert!(self.is(&pages, Some((size, seen))), "{pages:?} were not as seen");
         for cell in self.naive.borrow_mut().in_range(&pages) {
             assert!(pages.start <= cell.pages.start && cell.pages.end <= pages.end);

@@ -43,12 +43,7 @@ pub trait Protect: Table<Descend = Split, Huge: Into<State>, Leaf: Into<State>> 
     /// # Errors
     /// [`OutOfMemory`], for a table that keeps one entry for leaves that are all the same and has to split it now.
     /// Then they are all as they were.
-    fn change_leaves(
-        &self,
-        pages: Range<u64>,
-        seen: Self::Leaf,
-        change: Change,
-    ) -> Result<u64, OutOfMemory>;
+    fn change_leaves(&self, pages: Range<u64>, seen: Self::Leaf, change: Change) -> Result<u64, OutOfMemory>;
 }
 
 /// Write-protects `pages`, and returns how many of them were writable. Huge entries stay huge, but those that reach

@@ -210,9 +210,7 @@ impl<M: GuestMemoryBackend> Entries<'_, M> {
     /// Index after the last of the entries from `index` on, below `end`, for which `go_on` holds; the one at `index`
     /// is not asked.
     fn run(&self, index: u64, end: u64, go_on: impl Fn(u64, u64) -> bool) -> u64 {
-        (index + 1..end)
-            .find(|&next| !self.get(next).is_some_and(|entry| go_on(next, entry)))
-            .unwrap_or(end)
+        (index + 1..end).find(|&next| !self.get(next).is_some_and(|entry| go_on(next, entry))).unwrap_or(end)
     }
 }
 
@@ -248,7 +246,8 @@ impl<M: GuestMemoryBackend> Table for GuestTables<'_, M> {
             let base = page - page % span - index * span;
             let last = ((most - base).div_ceil(span)).min(1 << LEVEL_BITS);
             let entries = self.table(table);
-            let Some((entries, entry)) = entries.and_then(|all| all.get(index).map(|entry| (all, entry))) else {
+            let Some((entries, entry)) = entries.and_then(|all| all.get(index).map(|entry| (all, entry)))
+            else {
                 self.count_malformed();
                 return Ok(Look::Hole { end: (base + (span << LEVEL_BITS)).min(most) });
             };

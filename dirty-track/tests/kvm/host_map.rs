@@ -236,7 +236,8 @@ fn what_was_not_taken_is_an_error() {
     assert_eq!(region.len(), BLOCK_SIZE);
     let map = HostMap::of_slot(&slot).unwrap();
     let Range { start, end } = map.pages();
-    for (pages, missing) in [(start - 1..end, start - 1), (start..end + 1, end), (end + 7..end + 9, end + 7)] {
+    for (pages, missing) in [(start - 1..end, start - 1), (start..end + 1, end), (end + 7..end + 9, end + 7)]
+    {
         let outcome = Walk::new(&map).holes(|_| Ok::<_, Infallible>(Seen::All)).run(pages);
         let Err(WalkError::Table(HostError::NotTaken { page })) = outcome else { panic!("{outcome:?}") };
         assert_eq!(page, missing);

@@ -47,8 +47,7 @@ fn every_address_that_maps_a_dirty_frame_is_found() {
         let view = view(&guest, &[frames(0x7777, 1)]);
         let found = [0x400, 0x900, kernel + 0x7777].map(|page| (page, frames(0x7777, 1)));
         assert_eq!(runs(&view), found);
-        let rights: Vec<_> =
-            view.runs.iter().map(|run| (run.writable, run.user, run.no_execute)).collect();
+        let rights: Vec<_> = view.runs.iter().map(|run| (run.writable, run.user, run.no_execute)).collect();
         assert_eq!(rights, [(false, true, true), (true, true, false), (true, false, false)]);
         // An address is one: of the upper half too.
         assert_eq!(view.runs[2].start, (kernel << PAGE_SHIFT) + 0x777_7000);

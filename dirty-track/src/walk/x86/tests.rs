@@ -467,7 +467,10 @@ fn table_entry() -> impl Strategy<Value = u64> {
 fn entry() -> impl Strategy<Value = u64> {
     let bit = (0..64u32).prop_map(|bit| 1u64 << bit);
     let large = (0..1u64 << 25, any::<bool>(), any::<u64>()).prop_map(|(block, giga, some)| {
-        PRESENT | LARGE | block << if giga { 30 } else { 21 } & ADDRESS | some & (WRITABLE | USER | NO_EXECUTE)
+        PRESENT
+            | LARGE
+            | block << if giga { 30 } else { 21 } & ADDRESS
+            | some & (WRITABLE | USER | NO_EXECUTE)
     });
     prop_oneof![
         8 => table_entry(),
@@ -496,14 +499,20 @@ pub(in crate::walk) fn hostile() -> impl Strategy<Value = Hostile> {
         }),
     ];
     let cr3 = prop_oneof![8 => Just(0x1000), 1 => entry(), 1 => any::<u64>()];
-    let paging = (cr3, any::<bool>(), prop::bool::weighted(0.8), prop_oneof![3 => Just(46u32), 1 => 32..=52u32])
-        .prop_map(|(cr3, la57, nxe, maxphyaddr)| Paging { cr3, la57, nxe, maxphyaddr });
+    let paging =
+        (cr3, any::<bool>(), prop::bool::weighted(0.8), prop_oneof![3 => Just(46u32), 1 => 32..=52u32])
+            .prop_map(|(cr3, la57, nxe, maxphyaddr)| Paging { cr3, la57, nxe, maxphyaddr });
     let above = prop_oneof![12 => table_entry().boxed(), 1 => entry().boxed()];
     let path = (page(), prop::collection::vec(above, 4), entry()).prop_map(|(page, mut entries, last)| {
         entries.push(last);
         Write::Path { page, entries }
     });
-    (prop::collection::vec(path, 1..8), prop::collection::vec(write, 0..4), paging, prop::collection::vec(page(), 2))
+    (
+        prop::collection::vec(path, 1..8),
+        prop::collection::vec(write, 0..4),
+        paging,
+        prop::collection::vec(page(), 2),
+    )
         .prop_map(|(mut writes, more, paging, mut pages)| {
             pages.extend(writes.iter().filter_map(|write| match write {
                 Write::Path { page, .. } => Some(*page),
