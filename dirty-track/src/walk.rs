@@ -14,9 +14,9 @@
 //! # Contract
 //! 1. *Callbacks.* A visitor may have a callback for huge entries, one for leaves and one for holes. What has no
 //!    callback is passed over, with the one exception of rule 4.
-//! 2. *What a huge callback answers.* An error stops the walk and is its result. [`Step::Handled`] ends with this entry:
-//!    it is not split, and its leaves are not visited. [`Step::Retry`] looks at the entry again. [`Step::Descend`] goes on
-//!    to the level below.
+//! 2. *What a huge callback answers.* An error stops the walk and is its result. [`Step::Handled`] ends with this
+//!    entry: it is not split, and its leaves are not visited. [`Step::Retry`] looks at the entry again.
+//!    [`Step::Descend`] goes on to the level below.
 //! 3. *There is no leaf level without a split.* `Descend` splits the entry before anything else happens, always. To
 //!    leave an entry whole is to leave its leaves alone; a third way cannot be written down: `Descend` carries
 //!    [`Table::Descend`], which the walker can only spend on [`Table::split`], and a table without a split has no
@@ -88,9 +88,8 @@ pub trait Table {
 
 /// What a table says about a page.
 ///
-/// Where nothing is mapped but there is something to tell (a page that was swapped out, or is dirty because its contents
-/// were dropped), that is a leaf too, or a huge entry if the table has but one entry for all of it: only a hole has
-/// nothing that could be done to it.
+/// Where nothing is mapped but there is something to tell (a page was swapped out, or is dirty because its contents
+/// were dropped), that is a leaf too: only to a hole is there nothing that could be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look<H, L> {
     /// Nothing is mapped from this page on up to `end`.

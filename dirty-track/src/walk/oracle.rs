@@ -18,7 +18,7 @@ const GIGA: u64 = PageSize::G1.leaves();
 enum Ground {
     /// Three blocks, every page of them.
     Pages,
-    /// A GiB, which may be one entry. Only [`FEW`] of its pages are meant one by one; a block's others are always alike.
+    /// A GiB, which may be one entry. [`FEW`] of its pages are meant one by one; a block's others are always alike.
     Giga,
 }
 

@@ -30,8 +30,8 @@ pub enum Change {
 ///
 /// Looking and changing are one step, for everybody who writes, splits, zaps or collapses.
 pub trait Protect: Table<Descend = Split, Huge: Into<State>, Leaf: Into<State>> {
-    /// Changes the huge entry `seen`. Returns whether it did: not so when something else maps `seen.pages.start` now, be
-    /// it another huge entry, or one of another size.
+    /// Changes the huge entry `seen`. Returns whether it did: not so when something else maps `seen.pages.start` now,
+    /// be it another huge entry, or one of another size.
     ///
     /// # Errors
     /// [`OutOfMemory`], and then the entry is as it was.

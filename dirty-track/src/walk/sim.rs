@@ -6,10 +6,12 @@
 //!
 //! | what | absent | leaf | huge |
 //! |---|---|---|---|
-//! | [`write`](Sim::write) | a leaf is mapped, writable and dirty | becomes writable and dirty | writable: dirty; else split, and the leaf as on the left |
+//! | [`write`](Sim::write) | a leaf, writable and dirty | writable and dirty | dirty if writable; else split, and the leaf |
 //! | [`split`](Sim::split_at) | - | - | a table of equal entries of the next size |
-//! | [`collapse`](Sim::collapse) | - | all entries of a table that are mapped: one huge entry, dirty if one was, writable if all were | - |
+//! | [`collapse`](Sim::collapse) | - | one huge entry, if no entry of the table is absent | - |
 //! | [`zap`](Sim::zap) | - | absent | absent |
+//!
+//! What was collapsed is dirty if one entry of it was, and writable if all were.
 
 use std::convert::Infallible;
 use std::iter;

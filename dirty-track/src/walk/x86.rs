@@ -12,8 +12,8 @@
 //! Not looked at: protection keys, shadow stacks, linear-address masking. 1 GiB entries are taken to be
 //! supported by the guest's processor.
 //!
-//! Source: Intel SDM volume 3, chapter 4 (4.5, tables 4-14 to 4-20); AMD APM volume 2, chapter 5. Bit 8 of the upper levels
-//! is reserved with AMD and ignored by Intel; here it is ignored.
+//! Source: Intel SDM volume 3, chapter 4 (4.5, tables 4-14 to 4-20); AMD APM volume 2, chapter 5. Bit 8 of the upper
+//! levels is reserved with AMD and ignored by Intel; here it is ignored.
 
 use std::cell::Cell;
 use std::convert::Infallible;
