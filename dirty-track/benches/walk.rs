@@ -132,14 +132,14 @@ fn guest(size: PageSize, mut frame: impl FnMut(u64) -> u64) -> GuestMemoryMmap {
     let put = |table: u64, index: u64, entry: u64| {
         memory.write_obj(entry, GuestAddress(table * PAGE_SIZE + index * 8)).unwrap();
     };
-    put(1, 0, 2 * PAGE_SIZE | PRESENT);
-    put(2, 0, 3 * PAGE_SIZE | PRESENT);
+    put(1, 0, (2 * PAGE_SIZE) | PRESENT);
+    put(2, 0, (3 * PAGE_SIZE) | PRESENT);
     for block in 0..PAGES / LEAVES_PER_BLOCK {
         if size == PageSize::M2 {
             put(3, block, frame(block * LEAVES_PER_BLOCK) << PAGE_SHIFT | PRESENT | LARGE);
             continue;
         }
-        put(3, block, (4 + block) * PAGE_SIZE | PRESENT);
+        put(3, block, ((4 + block) * PAGE_SIZE) | PRESENT);
         for leaf in 0..LEAVES_PER_BLOCK {
             let entry = frame(block * LEAVES_PER_BLOCK + leaf) << PAGE_SHIFT | PRESENT;
             put(4 + block, leaf, entry);
@@ -164,7 +164,7 @@ fn descend(
         match entry {
             _ if entry & 1 == 0 => {}
             _ if level == 0 || entry & 1 << 7 != 0 => {
-                each(page, 1 << (9 * level), (entry & ADDRESS) >> PAGE_SHIFT)
+                each(page, 1 << (9 * level), (entry & ADDRESS) >> PAGE_SHIFT);
             }
             _ => descend(memory, entry & ADDRESS, level - 1, page, each),
         }

@@ -203,7 +203,7 @@ impl<'t, T: Table, H, L, O> Walk<'t, T, H, L, O> {
                         Step::Handled => page = end,
                         Step::Retry => {}
                         Step::Descend(how) => {
-                            self.table.split(&entry, how).map_err(|_| WalkError::OutOfMemory { page })?
+                            self.table.split(&entry, how).map_err(|_| WalkError::OutOfMemory { page })?;
                         }
                     }
                 }
