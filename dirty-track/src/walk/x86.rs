@@ -232,8 +232,8 @@ impl<M: GuestMemoryBackend> Table for GuestTables<'_, M> {
         if (half..ALL_PAGES - half).contains(&page) {
             return Ok(Look::Hole { end: ALL_PAGES - half });
         }
-        // The root's table spans both halves, and its holes must not reach from one into the other.
-        let most = if page < half { half } else { ALL_PAGES }.min(pages.end);
+        // A hole of the root's table may reach from the lower half into what no address is canonical in: a hole too.
+        let most = pages.end.min(ALL_PAGES);
 
         let mut table = self.paging.cr3 & ADDRESS & ((1 << self.paging.maxphyaddr) - 1);
         let mut rights = Rights::ALL;
