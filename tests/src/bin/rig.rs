@@ -144,7 +144,6 @@ fn run(options: Options) -> Result<u8, Box<dyn Error>> {
             Paging::Ept => Mmu::Ept { pml: options.pml == Switch::On },
         },
         timeout: Duration::from_secs(7200),
-        ..Host::default()
     };
     let linux = options.linux.then_some(options.linux_kernel.as_str());
     let prepare = |mut payload: Payload| -> Result<Payload, Box<dyn Error>> {
