@@ -10,6 +10,7 @@ pub mod cpuid;
 pub mod devices;
 pub mod doctor;
 pub mod forecast;
+pub mod gate;
 pub mod host;
 pub mod layout;
 pub mod ledger;

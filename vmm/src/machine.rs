@@ -23,7 +23,8 @@ use dirty_track::tracker::{
     UffdAsync, UffdSync, Untracked,
 };
 use guest::abi::Doorbell;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_bindings::kvm_sregs;
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -35,12 +36,13 @@ use crate::devices::virtio::mmio::{NOTIFY_OFFSET, TransportError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{MmioTransport, QueueWorker, VirtioDevice};
 use crate::devices::{GuestChannel, Platform};
+use crate::gate::Gate;
 use crate::host::{self, KvmModule};
 use crate::memory::{MemoryConfig, MemoryError, Ram};
 use crate::sys::kick;
 use crate::timing::{Phase, Timing};
 use crate::track::TrackConfig;
-use crate::vcpu::{End, Gate, Vcpu};
+use crate::vcpu::{End, Vcpu};
 use crate::{acpi, cpuid, layout};
 
 /// Most vCPUs: APIC ids of 8 bits, 255 being the broadcast.
@@ -580,6 +582,26 @@ impl Drop for Machine {
 /// All vCPUs stand still while this lives.
 pub struct Paused<'a> {
     machine: &'a Machine,
+}
+
+impl Paused<'_> {
+    /// The control registers and segments of each vCPU that has not ended, with its number, in the order of these.
+    pub fn system_registers(&self) -> Vec<(u8, kvm_sregs)> {
+        let found = Arc::new(Mutex::new(Vec::new()));
+        let errand = {
+            let found = Arc::clone(&found);
+            Arc::new(move |id: u8, fd: &VcpuFd| {
+                // KVM never refuses this for a vCPU that exists.
+                if let Ok(registers) = fd.get_sregs() {
+                    found.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((id, registers));
+                }
+            })
+        };
+        self.machine.gate.send(errand);
+        let mut found = std::mem::take(&mut *found.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        found.sort_unstable_by_key(|(id, _)| *id);
+        found
+    }
 }
 
 impl Drop for Paused<'_> {

@@ -2,8 +2,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
 
 use dirty_track::tracker::{RingHandle, kvm_ring};
 use kvm_bindings::{kvm_regs, kvm_sregs};
@@ -12,6 +10,7 @@ use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::devices::{Platform, Request};
+use crate::gate::Gate;
 use crate::host::KvmModule;
 use crate::machine::{Doorman, LateRam};
 use crate::memory::Ram;
@@ -77,114 +76,6 @@ impl fmt::Display for Crash {
     }
 }
 
-/// What vCPU threads are told to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Order {
-    Run,
-    Pause,
-    Stop,
-}
-
-/// The gate that all vCPU threads of a machine pass before each entry into the guest.
-#[derive(Debug)]
-pub struct Gate {
-    /// Copy of the order in `state`, for the check on the way into the guest.
-    order: AtomicU8,
-    state: Mutex<GateState>,
-    changed: Condvar,
-}
-
-#[derive(Debug)]
-struct GateState {
-    /// How many want the machine to stand still.
-    pauses: usize,
-    stop: bool,
-    /// Threads that have not ended.
-    alive: usize,
-    /// Threads that stand at the gate.
-    parked: usize,
-}
-
-impl Gate {
-    /// An open gate for `vcpus` threads.
-    pub fn new(vcpus: usize) -> Gate {
-        Gate {
-            order: AtomicU8::new(Order::Run as u8),
-            state: Mutex::new(GateState { pauses: 0, stop: false, alive: vcpus, parked: 0 }),
-            changed: Condvar::new(),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, GateState> {
-        // Counters are consistent between any two statements here.
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    fn publish(&self, state: &GateState) {
-        let order = if state.stop {
-            Order::Stop
-        } else if state.pauses > 0 {
-            Order::Pause
-        } else {
-            Order::Run
-        };
-        self.order.store(order as u8, Ordering::Release);
-        self.changed.notify_all();
-    }
-
-    /// Closes the gate, calls `kick` to bring the threads out of the guest, and returns when all of them that
-    /// still live stand at it.
-    pub fn close(&self, kick: impl FnOnce()) {
-        let mut state = self.lock();
-        state.pauses += 1;
-        self.publish(&state);
-        drop(state);
-        kick();
-        let mut state = self.lock();
-        while state.parked < state.alive && !state.stop {
-            state = self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-    }
-
-    /// Opens the gate again, when as many opened as closed it.
-    pub fn open(&self) {
-        let mut state = self.lock();
-        state.pauses = state.pauses.saturating_sub(1);
-        self.publish(&state);
-    }
-
-    /// Sends all threads home.
-    pub fn stop(&self) {
-        let mut state = self.lock();
-        state.stop = true;
-        self.publish(&state);
-    }
-
-    /// Whether a thread has to come to the gate: the check on the hot path.
-    fn is_open(&self) -> bool {
-        self.order.load(Ordering::Acquire) == Order::Run as u8
-    }
-
-    /// Waits at the gate. False: go home.
-    fn pass(&self) -> bool {
-        let mut state = self.lock();
-        state.parked += 1;
-        self.changed.notify_all();
-        while state.pauses > 0 && !state.stop {
-            state = self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-        state.parked -= 1;
-        !state.stop
-    }
-
-    fn leave(&self) {
-        let mut state = self.lock();
-        state.alive -= 1;
-        self.changed.notify_all();
-    }
-}
-
 /// What a vCPU thread works with.
 pub struct Vcpu {
     /// Its number and APIC id.
@@ -238,7 +129,7 @@ impl Vcpu {
                     }
                     continue;
                 }
-                if !self.gate.pass() {
+                if !self.gate.pass(self.id, &self.fd) {
                     return End::Stopped;
                 }
             }
