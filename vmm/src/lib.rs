@@ -18,6 +18,7 @@ pub mod live;
 pub mod machine;
 pub mod memory;
 pub mod options;
+pub mod owners;
 pub mod panel;
 pub mod run;
 pub mod sampled;
