@@ -2,16 +2,20 @@
 //! and nothing else, so the same executable runs on this machine and in the rig. Their limits are amounts of
 //! work, never of time, because a guest in the rig is some hundred times slower.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use dirty_track::addr::Gfn;
 use dirty_track::rearm::{DenseSkip, Rearm};
 use dirty_track::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
+use dirty_track::walk::x86::{GuestTables, Mapping};
+use dirty_track::walk::{Seen, Step, Walk};
 use tests::conformance::{start, wait_until};
 use tests::skip;
 use vmm::forecast::Link;
-use vmm::ledger::Agreement;
+use vmm::ledger::{Agreement, Ledger};
 use vmm::live::Observer;
 use vmm::machine::{Machine, MachineConfig, MachineError, open_kvm};
 use vmm::memory::{HugePages, MemoryConfig};
@@ -395,4 +399,63 @@ fn huge_mappings_are_split_by_writes_and_come_back_after_disarm() {
     let after = huge();
     assert!(after >= before, "{before} mappings were huge before tracking, {after} are again");
     end_well(&machine, &observer);
+}
+
+/// The guest's own demand paging does as the monitor's: of the pages that one of its faults maps, those that came along
+/// have no accessed bit, and a walk over its tables tells them from the ones that it touched.
+#[test]
+fn what_came_along_in_the_guests_own_tables_is_old() {
+    let test = "what_came_along_in_the_guests_own_tables_is_old";
+    if no_kvm(test) {
+        return;
+    }
+    for (reads, around) in [(0, 16), (100, 16), (50, 1)] {
+        let cmdline =
+            format!("workload=rand region=32M map=lazy around={around} reads={reads} rate=4M passes=0");
+        let machine = start(config(&cmdline, 1, 64 * MIB, HugePages::None));
+        let control = machine.channel().control().expect("the guest has announced itself");
+        let ledger = Ledger::attach(Arc::clone(machine.ram()), control).unwrap();
+        wait_until("the guest gets on", || ledger.accesses().unwrap() >= 200);
+        let still = machine.pause();
+        let entered = ledger.entered(0).unwrap();
+        let (vcpu, registers) = still.system_registers()[0];
+        assert_eq!(vcpu, 0);
+        let paging = vmm::owners::paging(&registers, 52).expect("the guest runs in 64-bit mode");
+        let tables = GuestTables::new(machine.ram().mem(), paging, 1 << 20).unwrap();
+        let (mut old, mut young, mut dirty) = (Vec::new(), Vec::new(), Vec::new());
+        Walk::new(&tables)
+            .huge(|_| Ok(Step::Handled))
+            .leaves(|pages, mapping: Mapping| {
+                let frames = (mapping.gfn.0..).map(Gfn).take((pages.end - pages.start) as usize);
+                for gfn in frames.filter(|gfn| mapping.user && entered.region.contains(*gfn)) {
+                    if mapping.accessed { &mut young } else { &mut old }.push(gfn);
+                    dirty.extend(mapping.dirty.then_some(gfn));
+                }
+                Ok::<_, Infallible>(Seen::All)
+            })
+            .run(tables.pages())
+            .unwrap();
+        let listed = |words: &[Vec<u64>]| -> Vec<Gfn> {
+            let pages = 0..entered.region.pages;
+            let has = |page: u64| words.iter().any(|words| words[page as usize / 64] >> (page % 64) & 1 != 0);
+            pages.filter(|page| has(*page)).map(|page| Gfn(entered.region.start.0 + page)).collect()
+        };
+        // The page that is in flight may have been touched and not be entered, or the other way round.
+        let settled = |mut pages: Vec<Gfn>| {
+            pages.retain(|gfn| !entered.in_flight.contains(gfn));
+            pages.sort_unstable();
+            pages
+        };
+        let touched = settled(listed(&[entered.wrote.clone(), entered.read.clone()]));
+        assert!(touched.len() > 100, "{} pages touched", touched.len());
+        assert_eq!(settled(young), touched, "reads={reads} around={around}: accessed");
+        assert_eq!(settled(dirty), settled(listed(&[entered.wrote.clone()])), "reads={reads}: dirty");
+        // A window of 16 is full; some were hit twice.
+        let mapped = old.len() + touched.len();
+        assert!(if around == 1 { old.len() <= 1 } else { mapped > 10 * touched.len() }, "{} old", old.len());
+        drop(still);
+        ledger.stop().unwrap();
+        wait_until("the guest ends", || machine.end().is_some());
+        assert_eq!(machine.channel().status(), Some(0));
+    }
 }

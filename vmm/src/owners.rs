@@ -148,8 +148,9 @@ impl Owners {
     }
 }
 
-/// The paging that a vCPU uses, if it is that of 64-bit mode.
-fn paging(registers: &kvm_sregs, maxphyaddr: u32) -> Option<Paging> {
+/// The paging that a vCPU with these registers uses, if it is that of 64-bit mode, in a guest whose physical addresses
+/// have `maxphyaddr` bits.
+pub fn paging(registers: &kvm_sregs, maxphyaddr: u32) -> Option<Paging> {
     let on = registers.cr0 & CR0_PG != 0 && registers.efer & EFER_LMA != 0;
     on.then(|| Paging {
         // The rest are the PCID, or flags of caching.
