@@ -11,6 +11,7 @@
 //! - [`rearm`]: what is write-protected again when an epoch ends.
 //! - [`refine`]: takes pages out of a harvest that may have been written and did not change.
 //! - [`region`]: the bitmap that vm-memory marks when the *host* writes to guest memory.
+//! - [`touched`]: which pages were touched in an interval, read or written.
 //! - [`tracker`]: the trait, what a harvest is, and one module for each way of knowing.
 //! - [`collapse`]: huge mappings for memory whose tracking has split them.
 //! - [`walk`]: the page walk, over what maps guest memory: this process, the guest itself, or a simulated table.
@@ -28,6 +29,7 @@ pub mod rearm;
 pub mod refine;
 pub mod region;
 pub mod sys;
+pub mod touched;
 pub mod tracker;
 pub mod walk;
 

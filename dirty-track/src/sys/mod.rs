@@ -9,4 +9,5 @@ pub mod ring;
 pub(crate) mod simd;
 pub mod stats;
 pub mod uffd;
+pub mod unmap;
 pub(crate) mod zeroed;

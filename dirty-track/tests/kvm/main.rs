@@ -11,4 +11,5 @@ mod rearm;
 mod ring;
 mod slots;
 mod stats;
+mod touched;
 mod uffd;
