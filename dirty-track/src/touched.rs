@@ -124,7 +124,7 @@ impl Touched {
         let mut sample = Vec::new();
         for (index, slot) in touched.slots.iter().enumerate() {
             let pages = slot.slot().frames().pages;
-            let count = (u128::from(pages) * u128::from(per_gib) >> 18).clamp(1, pages.into()) as u64;
+            let count = ((u128::from(pages) * u128::from(per_gib)) >> 18).clamp(1, pages.into()) as u64;
             let bound = |part: u64| (u128::from(part) * u128::from(pages) / u128::from(count)) as u64;
             sample.extend((0..count).map(|part| {
                 let (from, to) = (bound(part), bound(part + 1));
