@@ -152,7 +152,7 @@ impl Owners {
 /// have `maxphyaddr` bits.
 pub fn paging(registers: &kvm_sregs, maxphyaddr: u32) -> Option<Paging> {
     let on = registers.cr0 & CR0_PG != 0 && registers.efer & EFER_LMA != 0;
-    on.then(|| Paging {
+    on.then_some(Paging {
         // The rest are the PCID, or flags of caching.
         cr3: registers.cr3 & !0xfff & ((1 << 52) - 1),
         la57: registers.cr4 & CR4_LA57 != 0,
