@@ -435,7 +435,7 @@ fn what_came_along_in_the_guests_own_tables_is_old() {
             })
             .run(tables.pages())
             .unwrap();
-        let listed = |words: &[Vec<u64>]| -> Vec<Gfn> {
+        let listed = |words: &[&Vec<u64>]| -> Vec<Gfn> {
             let pages = 0..entered.region.pages;
             let has = |page: u64| words.iter().any(|words| words[page as usize / 64] >> (page % 64) & 1 != 0);
             pages.filter(|page| has(*page)).map(|page| Gfn(entered.region.start.0 + page)).collect()
@@ -446,10 +446,10 @@ fn what_came_along_in_the_guests_own_tables_is_old() {
             pages.sort_unstable();
             pages
         };
-        let touched = settled(listed(&[entered.wrote.clone(), entered.read.clone()]));
+        let touched = settled(listed(&[&entered.wrote, &entered.read]));
         assert!(touched.len() > 100, "{} pages touched", touched.len());
         assert_eq!(settled(young), touched, "reads={reads} around={around}: accessed");
-        assert_eq!(settled(dirty), settled(listed(&[entered.wrote.clone()])), "reads={reads}: dirty");
+        assert_eq!(settled(dirty), settled(listed(&[&entered.wrote])), "reads={reads}: dirty");
         // A window of 16 is full; some were hit twice.
         let mapped = old.len() + touched.len();
         assert!(if around == 1 { old.len() <= 1 } else { mapped > 10 * touched.len() }, "{} old", old.len());

@@ -229,7 +229,7 @@ mod tests {
             more_runs: 0,
             complete: true,
         };
-        assert_eq!(spaces, [first.clone()]);
+        assert_eq!(spaces, std::slice::from_ref(&first));
         // The first one is remembered; and its pages are not the other's.
         let spaces = owners.look(&memory, &[(0, registers(two))], &dirty).unwrap();
         let second = Space {
