@@ -7,11 +7,13 @@
 //!
 //! - [`addr`]: guest-physical addresses, frame numbers and ranges of them as types of their own.
 //! - [`bitmap`]: the dirty bitmap and the arithmetic on its words.
+//! - [`fault`]: serving the guest's faults, and the policies of what comes along and what is opened.
 //! - [`rate`]: how fast the guest dirties memory, and what follows for a migration.
 //! - [`rearm`]: what is write-protected again when an epoch ends.
 //! - [`refine`]: takes pages out of a harvest that may have been written and did not change.
 //! - [`region`]: the bitmap that vm-memory marks when the *host* writes to guest memory.
 //! - [`touched`]: which pages were touched in an interval, read or written.
+//! - [`stage2`]: how guest memory is mapped, block by block, as the monitor remembers it.
 //! - [`tracker`]: the trait, what a harvest is, and one module for each way of knowing.
 //! - [`collapse`]: huge mappings for memory whose tracking has split them.
 //! - [`walk`]: the page walk, over what maps guest memory: this process, the guest itself, or a simulated table.
@@ -23,11 +25,13 @@ pub mod bitmap;
 pub mod collapse;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod fault;
 mod mix;
 pub mod rate;
 pub mod rearm;
 pub mod refine;
 pub mod region;
+pub mod stage2;
 pub mod sys;
 pub mod touched;
 pub mod tracker;
