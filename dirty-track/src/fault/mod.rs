@@ -1,13 +1,43 @@
 //! Serving the guest's faults: pages that are missing, and pages whose first write is to be seen.
+//!
+//! # Why
+//! A guest that is restored, or migrated while it runs, can start before its memory is there, if somebody brings each
+//! page as it is touched; and a guest whose memory is tracked can have each first write noted. Both are faults that a
+//! userfaultfd hands to a [`Server`]. What it does about one is decided by [policies](Policies): what a write
+//! [opens](Split), what [comes along](Prefault) with a missing page, and whether that is taken for [used](Age).
+//!
+//! # The way of a fault
+//! event, **plan** (a pure function of the fault, the block's [record](crate::stage2) and the policies), **allocate**
+//! (what may wait or fail, before anything is visible), **install** (the kernel fills a page or leaves it as it was),
+//! record, wake. `EEXIST`, `EAGAIN` and `ENOENT` mean that somebody else was there: whoever sleeps looks again. An
+//! error of a [source](PageSource) keeps the guest's thread asleep, is [reported](Server::failure), and is tried again.
+//!
+//! # What a harvest says
+//! [`Server::harvest`] never misses a write to a page that the server installed. It has more than was written where
+//! the policies say so ([`Split::Block`], untracked memory, moved pages), and where a harvest protects a page again
+//! while a second thread's message about it is on its way: the page is opened once more, and reported once more.
 
 pub mod age;
+mod counts;
+mod error;
+mod plan;
 pub mod prefault;
+mod serve;
+mod server;
+pub mod source;
 pub mod split;
 mod text;
 pub mod working_set;
 
 pub use age::Age;
+pub use counts::Counts;
+pub use error::FaultError;
+pub use plan::Policies;
 pub use prefault::{Prefault, Window};
+pub use server::{Config, Server};
+pub use source::{FileRegion, PageSource, Source};
 pub use split::{Split, Threshold};
 pub use text::ParseError;
 pub use working_set::WorkingSet;
+
+pub use crate::sys::uffd::fill::Staging;

@@ -278,7 +278,7 @@ impl Block<'_> {
             words.protected |= mask & words.present;
             words.dirty &= !mask;
         })?;
-        self.state.tidy(&self.own);
+        self.state.tidy(&self.own, spare);
         Ok(dirty)
     }
 
@@ -316,9 +316,21 @@ impl Block<'_> {
                 }
             }
         })?;
-        self.state.tidy(&self.own);
+        self.state.tidy(&self.own, spare);
         self.note();
         Ok(())
+    }
+
+    /// Announces that leaves are about to become writable. To be called before the call to the kernel that makes
+    /// them so: then a harvest that comes after a write to one of them looks at this block, for which it has to wait.
+    pub fn announce(&self) {
+        self.dirty.set(self.index);
+    }
+
+    /// Whether a harvest is going to look at this block.
+    #[cfg(test)]
+    pub(crate) fn is_announced(&self) -> bool {
+        self.dirty.get(self.index)
     }
 
     /// Lets [`Stage2::each_dirty`](crate::stage2::Stage2::each_dirty) find this block if it has to.

@@ -52,8 +52,9 @@ pub(super) type Table = Box<[Planes; 1]>;
 
 /// Memory for one table, taken before it is needed.
 ///
-/// A transition that splits takes the table from here, and from the allocator only if there is none. So whoever
-/// [fills](Spare::fill) it first knows that the next transition does not fail.
+/// A transition that splits takes the table from here, and from the allocator only if there is none; one that leaves
+/// a table without a use puts it back here. So whoever [fills](Spare::fill) it first knows that no transition of one
+/// block fails.
 #[derive(Debug, Default)]
 pub struct Spare(Option<Table>);
 
@@ -190,14 +191,17 @@ impl State {
         Ok(())
     }
 
-    /// Gives the table back if it says nothing that flags could not.
-    pub(super) fn tidy(&mut self, own: &Leaves) {
+    /// Puts the table back into `spare` if it says nothing that flags could not.
+    pub(super) fn tidy(&mut self, own: &Leaves, spare: &mut Spare) {
         let State::Split(table) = self else { return };
         let planes = &table[0];
         let uniform = |plane: &Leaves| plane.is_empty() || plane == own;
         if planes.present.is_empty() && uniform(&planes.dirty) && uniform(&planes.old) {
             let (dirty, dropped) = (!planes.dirty.is_empty(), !planes.old.is_empty());
-            *self = State::Whole(Leaf { dirty, dropped, ..Leaf::default() });
+            let flags = State::Whole(Leaf { dirty, dropped, ..Leaf::default() });
+            if let State::Split(table) = std::mem::replace(self, flags) {
+                spare.0 = Some(table);
+            }
         }
     }
 }

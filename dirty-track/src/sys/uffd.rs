@@ -1,15 +1,20 @@
-//! userfaultfd, as far as write-protection needs it.
+//! userfaultfd: write-protection, and faults of pages that are missing.
 //!
 //! A range that is registered for write-protection can be protected page by page. In asynchronous mode
 //! (`UFFD_FEATURE_WP_ASYNC`) the kernel itself lifts the protection of a page that is written, and
 //! [PAGEMAP_SCAN](super::pagemap) tells which those are. In synchronous mode the writer sleeps, and somebody who
 //! reads the descriptor lifts it.
 //!
+//! [`fill`] has what serves a fault of a page that is missing, and [`message`] what such faults look like.
+//!
 //! The descriptor is never opened with `UFFD_USER_MODE_ONLY`: most of a guest's faults are taken by KVM on its
 //! behalf, in kernel mode, and would be answered with `SIGBUS`.
 //!
 //! Source: Linux, include/uapi/linux/userfaultfd.h, fs/userfaultfd.c, mm/userfaultfd.c and
 //! Documentation/admin-guide/mm/userfaultfd.rst.
+
+pub mod fill;
+pub mod message;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,7 +23,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libc::c_ulong;
 use linux_raw_sys::general::{
-    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_ASYNC,
+    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE,
+    UFFD_FEATURE_EVENT_UNMAP, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
+    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_MOVE, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_ASYNC,
     UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED, UFFD_PAGEFAULT_FLAG_WP,
     UFFDIO_REGISTER_MODE_WP, uffd_msg, uffdio_api, uffdio_range, uffdio_register, uffdio_writeprotect,
 };
@@ -57,6 +64,12 @@ pub enum Mode {
     /// The writer sleeps until somebody lifts the protection. Linux 6.4, before which memory that was never
     /// touched could not be protected.
     Sync,
+    /// As `Sync`, and faults of missing pages are served; whoever drops memory waits until that was read. Linux 6.4,
+    /// or 6.8 if pages are to be moved.
+    Serve {
+        /// [`Uffd::take`] is going to be used.
+        moves: bool,
+    },
 }
 
 impl Mode {
@@ -72,6 +85,21 @@ impl Mode {
         match self {
             Mode::Async => &[FLAG, SHMEM, UNPOPULATED, ASYNC],
             Mode::Sync => &[FLAG, SHMEM, UNPOPULATED],
+            Mode::Serve { moves } => {
+                const SERVE: [(u32, &str, &str); 10] = [
+                    FLAG,
+                    SHMEM,
+                    UNPOPULATED,
+                    (UFFD_FEATURE_MISSING_SHMEM, "UFFD_FEATURE_MISSING_SHMEM", "4.11"),
+                    (UFFD_FEATURE_MISSING_HUGETLBFS, "UFFD_FEATURE_MISSING_HUGETLBFS", "4.11"),
+                    (UFFD_FEATURE_MINOR_SHMEM, "UFFD_FEATURE_MINOR_SHMEM", "5.14"),
+                    (UFFD_FEATURE_EVENT_REMOVE, "UFFD_FEATURE_EVENT_REMOVE", "4.11"),
+                    (UFFD_FEATURE_EVENT_UNMAP, "UFFD_FEATURE_EVENT_UNMAP", "4.12"),
+                    (UFFD_FEATURE_EVENT_REMAP, "UFFD_FEATURE_EVENT_REMAP", "4.11"),
+                    (UFFD_FEATURE_MOVE, "UFFD_FEATURE_MOVE", "6.8"),
+                ];
+                if moves { &SERVE } else { &SERVE[..SERVE.len() - 1] }
+            }
         }
     }
 }
@@ -158,11 +186,12 @@ impl Uffd {
     /// `EINVAL` when something is not mapped there, or by something that cannot be protected (a file on a disk);
     /// `EBUSY` when another userfaultfd has a part of it.
     pub fn register(&self, start: u64, len: u64) -> Result<(), errno::Error> {
-        let mut register = uffdio_register {
-            range: uffdio_range { start, len },
-            mode: UFFDIO_REGISTER_MODE_WP.into(),
-            ioctls: 0,
-        };
+        self.register_for(start, len, UFFDIO_REGISTER_MODE_WP)
+    }
+
+    fn register_for(&self, start: u64, len: u64, mode: u32) -> Result<(), errno::Error> {
+        let range = uffdio_range { start, len };
+        let mut register = uffdio_register { range, mode: mode.into(), ioctls: 0 };
         // SAFETY: the ioctl reads and fills the struct, which outlives the call. It marks mappings of this
         // process and changes neither their contents nor who may access them.
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER.into(), &mut register) })

@@ -1,0 +1,268 @@
+//! From a fault and what is recorded of its block to what is to be done: a pure function.
+
+use crate::fault::{Age, Prefault, Split};
+use crate::stage2::{Block, Leaves};
+use crate::sys::uffd::message::Cause;
+
+/// What decides how faults are served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policies {
+    /// What a write to a protected page opens.
+    pub split: Split,
+    /// What comes along with a missing page.
+    pub prefault: Prefault,
+    /// How that is recorded.
+    pub age: Age,
+    /// Pages are installed such that their first write is seen: dirty is then exact from the start. Otherwise a page
+    /// that was asked for counts as dirty as soon as it is there, and costs no second fault when it is written.
+    pub track: bool,
+}
+
+/// Where a slot's pages come from, as far as a plan depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// They are zero.
+    Zero,
+    /// They are copied from a buffer.
+    Buffer,
+    /// The mapped file has them.
+    Cache,
+    /// They are moved from elsewhere, which cannot be done write-protected.
+    Staged,
+}
+
+/// What is known of a block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct View {
+    pub(super) own: Leaves,
+    pub(super) present: Leaves,
+    pub(super) protected: Leaves,
+    pub(super) dirty: Leaves,
+    pub(super) dropped: Leaves,
+    /// Of the working set.
+    pub(super) recorded: Leaves,
+    pub(super) origin: Origin,
+    /// The slot's memory consists of huge pages, and of nothing smaller.
+    pub(super) huge: bool,
+}
+
+impl View {
+    pub(super) fn of(block: &Block<'_>, recorded: Leaves, origin: Origin, huge: bool) -> View {
+        let (own, present, protected) = (block.own(), block.present(), block.protected());
+        View {
+            own,
+            present,
+            protected,
+            dirty: block.dirty(),
+            dropped: block.dropped(),
+            recorded,
+            origin,
+            huge,
+        }
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Plan {
+    /// Pages are to be put where none are.
+    Install(Install),
+    /// The protection of these leaves is to be lifted.
+    Open(Leaves),
+}
+
+/// Pages to put where none are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Install {
+    /// With what the slot's source has.
+    pub(super) filled: Leaves,
+    /// With zeros.
+    pub(super) zeroed: Leaves,
+    /// All of them write-protected.
+    pub(super) protected: bool,
+    /// The leaf that faulted is opened after that.
+    pub(super) open: bool,
+    /// The zero page will do: nothing of it is about to be written, nor to be seen when it is.
+    pub(super) zero_page: bool,
+}
+
+/// What to do about a fault at `leaf` of a block.
+pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) -> Plan {
+    let (write, cached) = match cause {
+        Cause::Protected => {
+            let opens = policies.split.opens(leaf, &view.protected, &view.dirty);
+            return Plan::Open(if view.huge { view.own } else { opens });
+        }
+        Cause::Missing { write } => (write, false),
+        Cause::Minor { write } => (write, true),
+    };
+    let one = Leaves::one(leaf);
+    let absent = view.own & !view.present;
+    let set = match view.huge {
+        true => view.own,
+        false => policies.prefault.installs(leaf, &absent, &view.recorded),
+    };
+    // The kernel knows better what is missing. A page that was there has lost its contents by now.
+    let gone = view.dropped | view.present & one;
+    let (filled, zeroed) = match view.origin {
+        _ if cached => (set & !view.dropped | one, Leaves::NONE),
+        Origin::Zero => (Leaves::NONE, set),
+        Origin::Cache => (Leaves::NONE, one),
+        // A huge page is one thing.
+        Origin::Buffer | Origin::Staged if view.huge => match gone.contains(leaf) {
+            true => (Leaves::NONE, set),
+            false => (set, Leaves::NONE),
+        },
+        Origin::Buffer | Origin::Staged => (set & !gone, set & gone),
+    };
+    let leaf_open = write || !policies.track;
+    let along = !((filled | zeroed) & !one).is_empty() && !view.huge;
+    let protected = match along {
+        _ if view.origin == Origin::Staged => false,
+        true => policies.track || policies.age == Age::Old,
+        false => !leaf_open,
+    };
+    let open = leaf_open && protected;
+    let zero_page = !write && !protected && !view.huge;
+    Plan::Install(Install { filled, zeroed, protected, open, zero_page })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fault::{Threshold, Window};
+
+    fn view() -> View {
+        View {
+            own: Leaves::range(16..512),
+            present: Leaves::range(100..110),
+            protected: Leaves::range(100..105),
+            dirty: Leaves::range(105..110),
+            dropped: Leaves::range(64..66),
+            recorded: Leaves::NONE,
+            origin: Origin::Buffer,
+            huge: false,
+        }
+    }
+
+    const READ: Cause = Cause::Missing { write: false };
+    const WRITE: Cause = Cause::Missing { write: true };
+
+    #[test]
+    fn a_missing_page_brings_its_window() {
+        let policies = Policies::default();
+        let install = Install {
+            filled: Leaves::range(66..80),
+            zeroed: Leaves::range(64..66),
+            protected: true,
+            open: true,
+            zero_page: false,
+        };
+        assert_eq!(plan(&view(), 70, WRITE, &policies), Plan::Install(install));
+        // Untracked, what was asked for is open even if it is only read.
+        assert_eq!(plan(&view(), 70, READ, &policies), Plan::Install(install));
+        let tracked = Policies { track: true, ..policies };
+        assert_eq!(plan(&view(), 70, READ, &tracked), Plan::Install(Install { open: false, ..install }));
+        assert_eq!(plan(&view(), 70, WRITE, &tracked), Plan::Install(install));
+        // Young pages of memory that nobody tracks are open.
+        let young = Policies { age: Age::Young, ..policies };
+        let open = Install { protected: false, open: false, ..install };
+        assert_eq!(plan(&view(), 70, WRITE, &young), Plan::Install(open));
+        assert_eq!(plan(&view(), 70, READ, &young), Plan::Install(Install { zero_page: true, ..open }));
+        let Plan::Install(moved) = plan(&View { origin: Origin::Staged, ..view() }, 70, READ, &tracked)
+        else {
+            panic!("a missing page is not opened")
+        };
+        assert!(!moved.protected && !moved.open);
+    }
+
+    #[test]
+    fn what_was_there_and_is_missing_has_lost_its_contents() {
+        let none = Policies { prefault: Prefault::None, track: true, ..Policies::default() };
+        let Plan::Install(install) = plan(&view(), 103, READ, &none) else { panic!("it is missing") };
+        assert_eq!((install.filled, install.zeroed), (Leaves::NONE, Leaves::one(103)));
+        // A file has its own contents, whatever became of the mapping.
+        let view = View { origin: Origin::Cache, ..view() };
+        let minor = plan(&view, 103, Cause::Minor { write: false }, &none);
+        let Plan::Install(install) = minor else { panic!("it is missing") };
+        assert_eq!((install.filled, install.zeroed), (Leaves::one(103), Leaves::NONE));
+    }
+
+    fn policies() -> impl Strategy<Value = Policies> {
+        let split = prop_oneof![
+            Just(Split::Leaf),
+            Just(Split::Block),
+            (1..=512u64).prop_map(|leaves| Split::Adaptive(Threshold::new(leaves).unwrap())),
+        ];
+        let prefault = prop_oneof![
+            Just(Prefault::None),
+            Just(Prefault::Block),
+            Just(Prefault::Recorded),
+            (12..=21u32).prop_map(|bits| Prefault::Around(Window::new(1 << bits).unwrap())),
+        ];
+        let age = prop_oneof![Just(Age::Old), Just(Age::Young)];
+        (split, prefault, age, any::<bool>()).prop_map(|(split, prefault, age, track)| Policies {
+            split,
+            prefault,
+            age,
+            track,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_plan_serves_the_fault_and_changes_nothing_that_is_there(
+            leaf in 16..512usize,
+            words in any::<[[u64; 8]; 4]>(),
+            which in 0..4usize,
+            kind in 0..5usize,
+            policies in policies(),
+        ) {
+            let origin = [Origin::Zero, Origin::Buffer, Origin::Cache, Origin::Staged][which];
+            let own = Leaves::range(16..512);
+            let present = Leaves(words[0]) & own;
+            let view = View {
+                own,
+                present,
+                protected: Leaves(words[1]) & present,
+                dirty: Leaves(words[2]) & own,
+                dropped: Leaves(words[3]) & own & !present,
+                recorded: Leaves(words[3]),
+                origin,
+                huge: false,
+            };
+            let write = kind % 2 == 1;
+            let cause = match kind {
+                0 | 1 => Cause::Missing { write },
+                2 | 3 => Cause::Minor { write },
+                _ => Cause::Protected,
+            };
+            match plan(&view, leaf, cause, &policies) {
+                Plan::Open(leaves) => {
+                    prop_assert!(cause == Cause::Protected && leaves.contains(leaf));
+                    prop_assert!((view.protected | Leaves::one(leaf)).includes(&leaves));
+                }
+                Plan::Install(install) => {
+                    let all = install.filled | install.zeroed;
+                    prop_assert!(cause != Cause::Protected && all.contains(leaf));
+                    prop_assert!((install.filled & install.zeroed).is_empty());
+                    prop_assert!((own & !present | Leaves::one(leaf)).includes(&all));
+                    // What was dropped never gets its old contents back; a file has none but the newest.
+                    let stale = install.filled & view.dropped & !Leaves::one(leaf);
+                    prop_assert!(stale.is_empty());
+                    prop_assert!(kind > 1 || !(install.filled & view.dropped).contains(leaf));
+                    // A write goes on at once, and one that is to be seen is.
+                    prop_assert!(!write || install.open || !install.protected);
+                    if policies.track && origin != Origin::Staged {
+                        prop_assert!(install.protected || (write && all == Leaves::one(leaf)));
+                        prop_assert!(write || !install.open);
+                    }
+                    prop_assert!(!(install.zero_page && (write || install.protected)));
+                    prop_assert!(origin != Origin::Staged || !install.protected);
+                }
+            }
+        }
+    }
+}

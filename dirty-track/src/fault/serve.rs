@@ -1,0 +1,460 @@
+//! The way of one fault: plan, allocate, install, record, wake.
+//!
+//! A plan is made with the block held, and carried out only if everything that it needs is at hand. If something has
+//! to be fetched first, the block is let go, and when it was fetched the block is looked at *again*: what was fetched
+//! and is not needed any more does no harm, and what is needed now and was not fetched is fetched next. So what may
+//! wait or fail happens before anything is visible, and with nothing held.
+//!
+//! Installing cannot half-happen to a page: the kernel fills it or leaves it. To several pages it can, and what is
+//! recorded is what was filled. `EEXIST` (somebody else filled the page), `ENOENT` (it is not registered any more),
+//! `EAGAIN` (mappings are changing) and `EFAULT` of a page from a file's cache (the file does not have it now) are no
+//! errors: whoever sleeps is woken, looks again, and if the page still is not as it needs it, says so anew.
+
+use std::io;
+use std::ops::Range;
+
+use vmm_sys_util::errno;
+
+use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
+use crate::fault::counts::{Counter, Counters};
+use crate::fault::plan::{Install, Origin, Plan, Policies, View, plan};
+use crate::fault::{Age, FaultError, PageSource, Prefault, WorkingSet};
+use crate::stage2::{Block, Contents, Kind, Leaves, Mapping, NoMemory, Spare, Stage2};
+use crate::sys::uffd::fill::Progress;
+use crate::sys::uffd::message::Cause;
+
+/// What pages are filled with.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Fill<'a> {
+    Bytes(&'a [u8]),
+    ZeroPage,
+    Cache,
+    Staged,
+}
+
+/// The mechanism. Slots are named by their index, pages are counted from the slot's start. Nothing but `wake` wakes.
+pub(super) trait Kernel {
+    /// Fills `pages` as far as they are missing, in order, and stops at the first that cannot be filled.
+    fn fill(&self, slot: usize, pages: Range<usize>, with: Fill<'_>, protected: bool) -> Progress;
+    /// Lifts protection.
+    fn open(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error>;
+    /// Protects.
+    fn protect(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error>;
+    /// Wakes who sleeps there, to look again.
+    fn wake(&self, slot: usize, pages: Range<usize>);
+    /// Lets the host take pages for unused.
+    fn cold(&self, slot: usize, pages: Range<usize>);
+}
+
+/// A slot whose faults are served.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) frames: PageRange,
+    pub(super) hva: u64,
+    pub(super) origin: Origin,
+    /// For [`Origin::Buffer`].
+    pub(super) source: Option<std::sync::Arc<dyn PageSource>>,
+    /// It consists of huge pages of 2 MiB.
+    pub(super) huge: bool,
+}
+
+impl Served {
+    pub(super) fn addresses(&self) -> Range<u64> {
+        self.hva..self.hva + self.frames.bytes()
+    }
+
+    /// A run of leaves of the block at `first`, as pages of the slot, which has them.
+    fn pages(&self, first: Gfn, run: &Range<usize>) -> Range<usize> {
+        let page = |leaf: usize| (first.0 + leaf as u64 - self.frames.start.0) as usize;
+        page(run.start)..page(run.end)
+    }
+}
+
+/// Everything that handlers and harvests share.
+#[derive(Debug)]
+pub(super) struct Pager<K> {
+    pub(super) kernel: K,
+    pub(super) stage2: Stage2,
+    /// In the order of their frames, as in `stage2`.
+    pub(super) slots: Vec<Served>,
+    pub(super) policies: Policies,
+    pub(super) working_set: WorkingSet,
+    pub(super) counters: Counters,
+}
+
+/// What one handler has to itself.
+#[derive(Debug, Default)]
+pub(super) struct Worker {
+    pub(super) spare: Spare,
+    /// Contents of the leaves in `fetched` of the block that is being served, each at its place.
+    buffer: Vec<u8>,
+    fetched: Leaves,
+    /// A block of zeros. Never written to, so it takes no memory.
+    zeros: Vec<u8>,
+}
+
+/// Why a series of calls ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Done,
+    /// Mappings are changing, or are gone.
+    Again,
+    Failed(errno::Error),
+}
+
+impl End {
+    fn of(error: i32) -> End {
+        match error {
+            libc::EAGAIN | libc::ENOENT | libc::ESRCH => End::Again,
+            error => End::Failed(errno::Error::new(error)),
+        }
+    }
+}
+
+impl<K: Kernel> Pager<K> {
+    /// The slot that has `address`, and the frame.
+    pub(super) fn find(&self, address: u64) -> Option<(usize, Gfn)> {
+        let index = self.slots.iter().position(|slot| slot.addresses().contains(&address))?;
+        let slot = &self.slots[index];
+        Some((index, Gfn(slot.frames.start.0 + (address - slot.hva) / crate::addr::PAGE_SIZE)))
+    }
+
+    /// Somebody sleeps at `address`. When this returns they are awake, or an error says why they are not: then it is
+    /// to be called again, or they are to be woken to fault anew.
+    pub(super) fn serve(&self, worker: &mut Worker, address: u64, cause: Cause) -> Result<(), FaultError> {
+        match cause {
+            Cause::Missing { .. } => self.counters.missing.add(1),
+            Cause::Minor { .. } => self.counters.minor.add(1),
+            Cause::Protected => self.counters.protected.add(1),
+        }
+        let Some((index, gfn)) = self.find(address) else {
+            self.counters.strange.add(1);
+            return Ok(());
+        };
+        let slot = &self.slots[index];
+        let leaf = (gfn.0 % LEAVES_PER_BLOCK) as usize;
+        let mut policies = self.policies;
+        worker.fetched = Leaves::NONE;
+        loop {
+            worker.spare.fill()?;
+            let Some(mut block) = self.stage2.block(gfn) else { return Ok(()) };
+            let recorded = match policies.prefault {
+                Prefault::Recorded => self.working_set.leaves(&block),
+                _ => Leaves::NONE,
+            };
+            let view = View::of(&block, recorded, slot.origin, slot.huge);
+            match plan(&view, leaf, cause, &policies) {
+                Plan::Open(leaves) => {
+                    let (end, wake) = self.open(worker, &mut block, index, leaf, leaves)?;
+                    drop(block);
+                    return self.wake(index, gfn, wake | Leaves::one(leaf), end);
+                }
+                Plan::Install(install) if slot.origin != Origin::Buffer || worker.has(&install.filled) => {
+                    let (end, done) = self.install(worker, &mut block, index, Some(leaf), &install)?;
+                    drop(block);
+                    let outcome = self.wake(index, gfn, done | Leaves::one(leaf), end);
+                    self.cool(index, gfn, &(done & !Leaves::one(leaf)));
+                    return outcome;
+                }
+                Plan::Install(install) => {
+                    let (first, alone) = (block.first(), install.filled == Leaves::one(leaf));
+                    drop(block);
+                    match worker.fetch(slot, first, &install.filled) {
+                        Ok(()) => {}
+                        // A neighbour that cannot be had is no reason to let the guest wait.
+                        Err(_) if !alone && !slot.huge => policies.prefault = Prefault::None,
+                        Err(source) => return Err(FaultError::Fetch { gfn, source }),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Installs everything of the block of `gfn` that is missing and is not zero.
+    pub(super) fn fill_block(&self, worker: &mut Worker, index: usize, gfn: Gfn) -> Result<(), FaultError> {
+        let slot = &self.slots[index];
+        worker.fetched = Leaves::NONE;
+        loop {
+            worker.spare.fill()?;
+            let Some(mut block) = self.stage2.block(gfn) else { return Ok(()) };
+            let filled = block.own() & !block.present() & !block.dropped();
+            if filled.is_empty() {
+                return Ok(());
+            }
+            if slot.origin == Origin::Buffer && !worker.has(&filled) {
+                let first = block.first();
+                drop(block);
+                worker.fetch(slot, first, &filled).map_err(|source| FaultError::Fetch { gfn, source })?;
+                continue;
+            }
+            // Nobody faulted, so nobody is known to have touched them.
+            let protected = slot.origin != Origin::Staged;
+            let install = Install { filled, zeroed: Leaves::NONE, protected, open: false, zero_page: false };
+            let (end, done) = self.install(worker, &mut block, index, None, &install)?;
+            drop(block);
+            let outcome = self.wake(index, gfn, done, end);
+            if end != End::Again {
+                return outcome;
+            }
+            // Mappings change; a handler has to read that before it can go on.
+            std::thread::yield_now();
+        }
+    }
+
+    /// Installs, and records what was.
+    fn install(
+        &self,
+        worker: &mut Worker,
+        block: &mut Block<'_>,
+        index: usize,
+        leaf: Option<usize>,
+        plan: &Install,
+    ) -> Result<(End, Leaves), FaultError> {
+        let Worker { spare, buffer, zeros, .. } = worker;
+        let (slot, first) = (&self.slots[index], block.first());
+        let one = leaf.map_or(Leaves::NONE, Leaves::one);
+        let counters = &self.counters;
+        if !plan.protected || plan.open {
+            block.announce();
+        }
+        if !plan.zeroed.is_empty() {
+            zeros.resize(BLOCK_SIZE as usize, 0);
+        }
+        let bytes = |run: &Range<usize>| run.start * PAGE_BYTES..run.end * PAGE_BYTES;
+        let mut done = Leaves::NONE;
+        let mut end = End::Done;
+        for (leaves, zero) in [(&plan.filled, false), (&plan.zeroed, true)] {
+            for run in leaves.runs() {
+                if end != End::Done {
+                    break;
+                }
+                end = fill_run(&run, slot.huge, &mut done, |run| {
+                    let (with, counter): (_, &Counter) = match slot.origin {
+                        _ if zero && plan.zero_page => (Fill::ZeroPage, &counters.zeroes),
+                        _ if zero => (Fill::Bytes(&zeros[bytes(&run)]), &counters.copies),
+                        Origin::Cache => (Fill::Cache, &counters.continues),
+                        Origin::Staged => (Fill::Staged, &counters.moves),
+                        Origin::Buffer | Origin::Zero => {
+                            (Fill::Bytes(&buffer[bytes(&run)]), &counters.copies)
+                        }
+                    };
+                    counter.add(1);
+                    self.kernel.fill(index, slot.pages(first, &run), with, plan.protected)
+                });
+            }
+        }
+        let opened = plan.open && done.includes(&one) && end == End::Done;
+        if let (true, Some(leaf)) = (opened, leaf)
+            && let Err(error) = self.kernel.open(index, slot.pages(first, &(leaf..leaf + 1)))
+        {
+            end = End::of(error.errno());
+        }
+        let along = match self.policies.age {
+            Age::Old => !one,
+            Age::Young => Leaves::NONE,
+        };
+        let mapped = record(block, plan, done, one, along, slot.huge, spare)?;
+        if opened && end == End::Done {
+            block.open(&one, spare)?;
+        }
+        counters.installed.add(mapped.count());
+        counters.prefaulted.add((mapped & !one).count());
+        counters.old.add((mapped & block.old()).count());
+        if mapped.is_empty() && end == End::Done {
+            counters.stale.add(1);
+        }
+        Ok((end, done))
+    }
+
+    /// Opens, and records what was.
+    fn open(
+        &self,
+        worker: &mut Worker,
+        block: &mut Block<'_>,
+        index: usize,
+        leaf: usize,
+        leaves: Leaves,
+    ) -> Result<(End, Leaves), FaultError> {
+        let (slot, one, spare) = (&self.slots[index], Leaves::one(leaf), &mut worker.spare);
+        block.announce();
+        let before = block.kind();
+        let (mut opened, mut end) = (Leaves::NONE, End::Done);
+        for run in leaves.runs() {
+            if let Err(error) = self.kernel.open(index, slot.pages(block.first(), &run)) {
+                end = End::of(error.errno());
+                break;
+            }
+            opened |= Leaves::range(run);
+        }
+        if opened.contains(leaf) {
+            // It is there, whatever was recorded.
+            block.map(&one, Mapping { protected: false, old: false }, spare)?;
+        }
+        block.open(&opened, spare)?;
+        if opened.contains(leaf) {
+            self.counters.hits.add(block.touch(&one).count());
+        }
+        self.counters.opened.add(opened.count());
+        if opened.count() > 1 {
+            self.counters.blocks_opened.add(1);
+        }
+        if let (Kind::Huge { .. }, Kind::Split) = (before, block.kind()) {
+            self.counters.splits.add(1);
+        }
+        Ok((end, opened))
+    }
+
+    /// Wakes who sleeps at `leaves`, and says how it went.
+    fn wake(&self, index: usize, gfn: Gfn, leaves: Leaves, end: End) -> Result<(), FaultError> {
+        if end == End::Again {
+            self.counters.again.add(1);
+        }
+        // One call wakes more cheaply than several, and whoever is woken in vain looks again.
+        let first = Gfn(gfn.block() * LEAVES_PER_BLOCK);
+        let hull = leaves.runs().fold(None, |hull: Option<Range<usize>>, run| match hull {
+            Some(hull) => Some(hull.start..run.end),
+            None => Some(run),
+        });
+        match (end, hull) {
+            (End::Failed(source), _) => Err(FaultError::Install { gfn, source }),
+            (End::Done | End::Again, Some(hull)) => {
+                self.kernel.wake(index, self.slots[index].pages(first, &hull));
+                Ok(())
+            }
+            (End::Done | End::Again, None) => Ok(()),
+        }
+    }
+
+    /// After everybody is awake: pages that came along and are old look unused to the host.
+    fn cool(&self, index: usize, gfn: Gfn, along: &Leaves) {
+        if self.policies.age == Age::Old && !self.slots[index].huge {
+            let first = Gfn(gfn.block() * LEAVES_PER_BLOCK);
+            along.runs().for_each(|run| self.kernel.cold(index, self.slots[index].pages(first, &run)));
+        }
+    }
+
+    /// The host drops or unmaps what is at `addresses`.
+    pub(super) fn removed(&self, worker: &mut Worker, addresses: Range<u64>) -> Result<(), FaultError> {
+        for slot in &self.slots {
+            let start = addresses.start.max(slot.hva);
+            let end = addresses.end.min(slot.addresses().end);
+            if start >= end {
+                continue;
+            }
+            let page = |address: u64| (address - slot.hva) / crate::addr::PAGE_SIZE;
+            let range = PageRange {
+                start: Gfn(slot.frames.start.0 + page(start)),
+                pages: page(end - 1) + 1 - page(start),
+            };
+            self.stage2.each(range, |block, leaves| {
+                worker.spare.fill()?;
+                self.counters.removed.add((block.present() & leaves).count());
+                self.counters.unmapped_old.add((block.old() & leaves).count());
+                block.zap(&leaves, Contents::Dropped, &mut worker.spare)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes the pages that are dirty, protects them, and appends them to `taken`, which has what was taken even if
+    /// it fails.
+    pub(super) fn harvest(&self, spare: &mut Spare, taken: &mut Vec<PageRange>) -> Result<(), FaultError> {
+        self.stage2.each_dirty(|block| {
+            spare.fill()?;
+            let Some(index) = self.slots.iter().position(|slot| slot.frames.contains(frame_of(block))) else {
+                return Ok(());
+            };
+            let slot = &self.slots[index];
+            let dirty = if slot.huge { block.own() } else { block.dirty() };
+            for run in (dirty & block.present()).runs() {
+                let pages = slot.pages(block.first(), &run);
+                self.kernel
+                    .protect(index, pages)
+                    .map_err(|source| FaultError::Protect { range: block.frames(run), source })?;
+            }
+            let dirty = block.clean(&dirty, spare)?;
+            taken.extend(dirty.runs().map(|run| block.frames(run)));
+            Ok(())
+        })
+    }
+}
+
+/// A frame that the block's slot has.
+fn frame_of(block: &Block<'_>) -> Gfn {
+    let leaf = block.own().runs().next().map_or(0, |run| run.start);
+    Gfn(block.first().0 + leaf as u64)
+}
+
+/// Records the leaves `done` as mapped, and returns those that were not before.
+fn record(
+    block: &mut Block<'_>,
+    plan: &Install,
+    done: Leaves,
+    one: Leaves,
+    along: Leaves,
+    huge: bool,
+    spare: &mut Spare,
+) -> Result<Leaves, NoMemory> {
+    // What was filled was not there, whatever was recorded.
+    let lost = done & block.present();
+    if !lost.is_empty() {
+        block.zap(&lost, Contents::Dropped, spare)?;
+    }
+    // A harvest may have come between the news that contents are to be dropped and the drop itself.
+    block.mark(&(done & block.dropped() & plan.zeroed), spare)?;
+    let mapping = Mapping { protected: plan.protected, old: false };
+    if huge && done == Leaves::ALL && block.map_huge(mapping).is_ok() {
+        return Ok(done);
+    }
+    block.map(&(done & !along), mapping, spare)?;
+    block.map(&(done & !one), Mapping { old: true, ..mapping }, spare)?;
+    Ok(done)
+}
+
+/// Fills `run` by as many calls as it takes, leaving out pages that need not or cannot be filled.
+fn fill_run(
+    run: &Range<usize>,
+    huge: bool,
+    done: &mut Leaves,
+    mut call: impl FnMut(Range<usize>) -> Progress,
+) -> End {
+    let mut at = run.start;
+    while at < run.end {
+        let Progress { pages, error } = call(at..run.end);
+        let filled = at..run.end.min(at + pages);
+        at = filled.end;
+        *done |= Leaves::range(filled);
+        match error {
+            None => return End::Done,
+            // The next call says why.
+            Some(_) if pages > 0 => {}
+            Some(libc::EEXIST | libc::EFAULT) => at += if huge { run.len() } else { 1 },
+            Some(error) => return End::of(error),
+        }
+    }
+    End::Done
+}
+
+impl Worker {
+    fn has(&self, leaves: &Leaves) -> bool {
+        self.fetched.includes(leaves)
+    }
+
+    /// Fetches `leaves` of the block at `first`, as far as they are not at hand.
+    fn fetch(&mut self, slot: &Served, first: Gfn, leaves: &Leaves) -> io::Result<()> {
+        if self.buffer.is_empty() {
+            self.buffer.resize(BLOCK_SIZE as usize, 0);
+        }
+        let source = slot.source.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let missing = *leaves & !self.fetched;
+        for run in missing.runs() {
+            let pages = PageRange { start: Gfn(first.0 + run.start as u64), pages: run.len() as u64 };
+            source.fetch(pages, &mut self.buffer[run.start * PAGE_BYTES..run.end * PAGE_BYTES])?;
+            self.fetched |= Leaves::range(run);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,374 @@
+//! The threads that serve faults, on a userfaultfd over the slots.
+
+use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PageRange, PageSize};
+use crate::fault::counts::Counts;
+use crate::fault::plan::{Origin, Policies};
+use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
+use crate::fault::{FaultError, Prefault, Source, WorkingSet};
+use crate::stage2::{Spare, Stage2};
+use crate::sys::uffd::fill::{Absence, Progress, Staging, cold};
+use crate::sys::uffd::message::Message;
+use crate::sys::uffd::{Mode, Uffd, Wait};
+use crate::tracker::wp_slot::WpSlot;
+use crate::tracker::{Backing, Slot};
+
+/// How to serve.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What decides.
+    pub policies: Policies,
+    /// For [`Prefault::Recorded`]; no use otherwise.
+    pub working_set: WorkingSet,
+    /// Number of threads: 1 or more. One serves some forty thousand faults a second; more help where a source takes
+    /// its time.
+    pub handlers: usize,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config { policies: Policies::default(), working_set: WorkingSet::default(), handlers: 1 }
+    }
+}
+
+/// Serves the faults of guest memory; see the [module](crate::fault).
+///
+/// Dropping it ends the service: pages that are still missing read as zero from then on. While a guest may run on,
+/// [`fill_rest`](Server::fill_rest) comes first.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    stop: EventFd,
+    threads: Vec<JoinHandle<()>>,
+    /// The first so many slots are.
+    registered: usize,
+}
+
+#[derive(Debug)]
+struct Shared {
+    pager: Pager<KernelUffd>,
+    /// The newest.
+    failure: Mutex<Option<FaultError>>,
+}
+
+/// How long a handler waits after an error before it tries again.
+const AFTER_ERROR: Duration = Duration::from_millis(1);
+
+impl Server {
+    /// Serves `slots`, each with its source. Nothing that is mapped there already is touched; memory that was mapped
+    /// before is best dropped first, for only what is missing is fetched.
+    ///
+    /// # Errors
+    /// [`FaultError::Userfaultfd`]; [`FaultError::Slot`] when a slot and its source do not go together;
+    /// [`FaultError::Config`]; [`FaultError::Register`]; [`FaultError::Handler`].
+    pub fn start(slots: Vec<(Slot, Source)>, config: Config) -> Result<Server, FaultError> {
+        let Config { policies, working_set, handlers } = config;
+        if handlers == 0 {
+            return Err(FaultError::Config("there must be a handler"));
+        }
+        if policies.prefault == Prefault::Recorded && working_set.ranges().is_empty() {
+            return Err(FaultError::Config("prefault=recorded needs a working set that was recorded before"));
+        }
+        let moves = slots.iter().any(|(_, source)| matches!(source, Source::Staged(_)));
+        let mut served: Vec<(WpSlot, Source)> = Vec::new();
+        for (slot, source) in slots {
+            let wp = WpSlot::all(vec![slot])?;
+            served.extend(wp.into_iter().map(|slot| (slot, source.clone())));
+        }
+        served.sort_by_key(|(slot, _)| slot.slot().frames().start);
+        for (slot, source) in &served {
+            check(slot, source).map_err(|why| FaultError::Slot { id: slot.id(), why })?;
+        }
+        let stage2 = Stage2::new(served.iter().map(|(slot, _)| slot.slot().frames()))?;
+        let uffd = Uffd::open(Mode::Serve { moves })?;
+        let slots = served
+            .iter()
+            .map(|(slot, source)| Served {
+                frames: slot.slot().frames(),
+                hva: slot.slot().hva(),
+                origin: source.origin(),
+                source: match source {
+                    Source::Fetch(source) => Some(Arc::clone(source)),
+                    _ => None,
+                },
+                huge: slot.page() == PageSize::M2,
+            })
+            .collect();
+        let staging = |source| match source {
+            Source::Staged(staging) => Some(staging),
+            _ => None,
+        };
+        let slots_of =
+            served.into_iter().map(|(slot, source)| (slot.slot().clone(), staging(source))).collect();
+        let kernel = KernelUffd { uffd, slots: slots_of };
+        let pager = Pager { kernel, stage2, slots, policies, working_set, counters: Default::default() };
+        let shared = Arc::new(Shared { pager, failure: Mutex::new(None) });
+        let stop = EventFd::new(EFD_NONBLOCK).map_err(FaultError::Handler)?;
+        let mut server = Server { shared, stop, threads: Vec::new(), registered: 0 };
+        for _ in 0..handlers {
+            server.spawn().map_err(FaultError::Handler)?;
+        }
+        server.register()?;
+        Ok(server)
+    }
+
+    fn spawn(&mut self) -> io::Result<()> {
+        let (shared, stopped) = (Arc::clone(&self.shared), self.stop.try_clone()?);
+        let work = move || {
+            // A source that panics must not leave a guest asleep: what the handler had taken is asked anew.
+            while let Err(panic) = catch_unwind(AssertUnwindSafe(|| shared.handle(&stopped))) {
+                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+                let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+                shared.failed(FaultError::Panicked(text));
+                shared.wake_all();
+            }
+        };
+        self.threads.push(thread::Builder::new().name("fault-handler".into()).spawn(work)?);
+        Ok(())
+    }
+
+    fn register(&mut self) -> Result<(), FaultError> {
+        let Shared { pager, .. } = &*self.shared;
+        for (index, (slot, _)) in pager.kernel.slots.iter().enumerate() {
+            let absence = match pager.slots[index].origin {
+                Origin::Cache => Absence::Minor,
+                Origin::Zero | Origin::Buffer | Origin::Staged => Absence::Missing,
+            };
+            pager
+                .kernel
+                .uffd
+                .register_slot(slot, absence)
+                .map_err(|source| FaultError::Register { id: slot.id(), source })?;
+            self.registered = index + 1;
+        }
+        Ok(())
+    }
+
+    /// The record of what is mapped, and how.
+    pub fn stage2(&self) -> &Stage2 {
+        &self.shared.pager.stage2
+    }
+
+    /// What was done so far.
+    pub fn counts(&self) -> Counts {
+        self.shared.pager.counters.now()
+    }
+
+    /// What went wrong last, once. Whatever it was is being tried again: nothing is lost by it but time.
+    pub fn failure(&self) -> Option<FaultError> {
+        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Takes the pages that were written since the last call, or may have been, and appends them to `taken`: every
+    /// write that was complete before this call is in it. They are write-protected before this returns, and are to be
+    /// copied after that.
+    ///
+    /// Pages that no server installed (they were there before) are not tracked by it.
+    ///
+    /// # Errors
+    /// [`FaultError::Protect`]. What was taken is in `taken` and owed to whoever wanted it; the rest comes with the
+    /// next call.
+    pub fn harvest(&self, taken: &mut Vec<PageRange>) -> Result<(), FaultError> {
+        self.shared.pager.harvest(&mut Spare::default(), taken)
+    }
+
+    /// Installs everything that is still missing and would not be zero, so that the service can end while the guest
+    /// runs. Its pages are old: nobody asked for them.
+    ///
+    /// # Errors
+    /// [`FaultError::Fetch`], [`FaultError::Install`]. It can be called again.
+    pub fn fill_rest(&self) -> Result<(), FaultError> {
+        let pager = &self.shared.pager;
+        let mut worker = Worker::default();
+        for (index, slot) in pager.slots.iter().enumerate() {
+            // The kernel itself finds what is in a file, and makes zeros.
+            if matches!(slot.origin, Origin::Cache | Origin::Zero) {
+                continue;
+            }
+            for block in slot.frames.start.block()..=Gfn(slot.frames.end().0 - 1).block() {
+                let gfn = Gfn((block * LEAVES_PER_BLOCK).max(slot.frames.start.0));
+                pager.fill_block(&mut worker, index, gfn)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the service. Whoever sleeps is woken; pages that are still missing read as zero, or as what a shared file
+    /// has.
+    ///
+    /// # Errors
+    /// [`FaultError::Register`]: what could not be unregistered is so when this returns, for the descriptor is closed.
+    pub fn stop(mut self) -> Result<Counts, FaultError> {
+        let outcome = self.release();
+        let counts = self.counts();
+        outcome.map(|()| counts)
+    }
+
+    /// In the order that leaves nobody asleep: who drops memory waits for a handler until the last moment.
+    fn release(&mut self) -> Result<(), FaultError> {
+        let mut outcome = Ok(());
+        let kernel = &self.shared.pager.kernel;
+        for (slot, _) in &kernel.slots[..self.registered] {
+            if let Err(source) = kernel.uffd.unregister(slot.hva(), slot.len()) {
+                outcome = outcome.and(Err(FaultError::Register { id: slot.id(), source }));
+            }
+        }
+        self.shared.wake_all();
+        self.registered = 0;
+        // An eventfd whose counter is not nearly full takes the write.
+        let _ = self.stop.write(1);
+        self.threads.drain(..).for_each(|thread| {
+            // It cannot have panicked.
+            let _ = thread.join();
+        });
+        outcome
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Nobody is left to tell.
+        let _ = self.release();
+    }
+}
+
+/// Whether `slot` can be served from `source`.
+fn check(slot: &WpSlot, source: &Source) -> Result<(), &'static str> {
+    let misaligned = (slot.slot().hva() ^ slot.slot().gpa().0) & (BLOCK_SIZE - 1) != 0;
+    match (slot.backing(), source) {
+        (Backing::Hugetlb(PageSize::G1), _) => Err("pages of 1 GiB cannot be served: use pages of 2 MiB"),
+        (Backing::Hugetlb(_), _) if misaligned => {
+            Err("its huge pages are not at the same place in this process as in the guest, modulo 2 MiB")
+        }
+        (Backing::Hugetlb(_), Source::Shared) => Err("a shared source needs a memfd without hugetlb"),
+        (Backing::Private, Source::Shared) => Err("a shared source needs a shared mapping of a memfd"),
+        (Backing::Shared | Backing::Hugetlb(_), Source::Staged(_)) => {
+            Err("pages can be moved into private anonymous memory only")
+        }
+        (Backing::Private, Source::Staged(staging))
+            if (staging.pages() as u64) < slot.slot().frames().pages =>
+        {
+            Err("the staging memory is smaller than the slot")
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Shared {
+    /// Serves until told to stop.
+    fn handle(&self, stop: &EventFd) {
+        let pager = &self.pager;
+        let (mut worker, mut messages) = (Worker::default(), Vec::new());
+        loop {
+            match pager.kernel.uffd.wait(stop) {
+                Ok(Wait::Stopped) => return,
+                Ok(Wait::Faults) => {}
+                Err(error) => self.failed(FaultError::Read(error)),
+            }
+            if let Err(error) = pager.kernel.uffd.messages(&mut messages) {
+                self.failed(FaultError::Read(error));
+                thread::sleep(AFTER_ERROR);
+            }
+            self.batch(&mut worker, &mut messages);
+        }
+    }
+
+    fn batch(&self, worker: &mut Worker, messages: &mut Vec<Message>) {
+        // News first: as long as it is not read the kernel refuses to fill anything, and what is dropped must be known
+        // before it is filled again.
+        for message in &*messages {
+            let outcome = match message {
+                Message::Fault { .. } => Ok(()),
+                Message::Remove(range) | Message::Unmap(range) => self.pager.removed(worker, range.clone()),
+                Message::Remap(range) => {
+                    self.failed(FaultError::Moved { start: range.start, end: range.end });
+                    self.pager.removed(worker, range.clone())
+                }
+            };
+            outcome.unwrap_or_else(|error| self.failed(error));
+        }
+        // Sleepers at the same page are woken together, so one message is enough.
+        let mut faults: Vec<_> = messages
+            .drain(..)
+            .filter_map(|message| match message {
+                Message::Fault { address, cause } => Some((address, cause)),
+                _ => None,
+            })
+            .collect();
+        if faults.len() > 1 {
+            let mut seen = std::collections::HashSet::new();
+            faults.retain(|fault| seen.insert(*fault));
+        }
+        for (address, cause) in faults {
+            if let Err(error) = self.pager.serve(worker, address, cause) {
+                self.failed(error);
+                // Whoever sleeps looks again, and says again what it needs.
+                thread::sleep(AFTER_ERROR);
+                if let Some((index, gfn)) = self.pager.find(address) {
+                    let page = (gfn.0 - self.pager.slots[index].frames.start.0) as usize;
+                    self.pager.kernel.wake(index, page..page + 1);
+                }
+            }
+        }
+    }
+
+    fn failed(&self, error: FaultError) {
+        self.pager.counters.failures.add(1);
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+
+    fn wake_all(&self) {
+        for (index, slot) in self.pager.slots.iter().enumerate() {
+            self.pager.kernel.wake(index, 0..slot.frames.pages as usize);
+        }
+    }
+}
+
+/// The kernel's own mechanism.
+#[derive(Debug)]
+struct KernelUffd {
+    uffd: Uffd,
+    slots: Vec<(Slot, Option<Arc<Staging>>)>,
+}
+
+impl Kernel for KernelUffd {
+    fn fill(&self, slot: usize, pages: Range<usize>, with: Fill<'_>, protected: bool) -> Progress {
+        let (slot, staging) = &self.slots[slot];
+        match (with, staging) {
+            (Fill::Bytes(from), _) => self.uffd.copy(slot, pages, from, protected),
+            (Fill::ZeroPage, _) => self.uffd.zero(slot, pages),
+            (Fill::Cache, _) => self.uffd.map_cached(slot, pages, protected),
+            (Fill::Staged, Some(staging)) => self.uffd.take(slot, pages.clone(), staging, pages.start),
+            (Fill::Staged, None) => Progress { pages: 0, error: Some(libc::EINVAL) },
+        }
+    }
+
+    fn open(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
+        self.uffd.open_pages(&self.slots[slot].0, pages)
+    }
+
+    fn protect(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
+        let slot = &self.slots[slot].0;
+        let start = slot.hva() + pages.start as u64 * crate::addr::PAGE_SIZE;
+        self.uffd.protect(start, pages.len() as u64 * crate::addr::PAGE_SIZE)
+    }
+
+    fn wake(&self, slot: usize, pages: Range<usize>) {
+        let start = self.slots[slot].0.hva() + pages.start as u64 * crate::addr::PAGE_SIZE;
+        // It cannot fail for a range that is not empty.
+        let _ = self.uffd.wake(start, pages.len() as u64 * crate::addr::PAGE_SIZE);
+    }
+
+    fn cold(&self, slot: usize, pages: Range<usize>) {
+        cold(&self.slots[slot].0, pages);
+    }
+}
