@@ -26,6 +26,8 @@ macro_rules! counters {
 }
 
 counters! {
+    /// Threads that wait for a page at this moment, as far as handlers have read of them.
+    waiting,
     /// Faults of pages that were nowhere.
     missing,
     /// Faults of pages that only the mapping did not have.
@@ -82,5 +84,32 @@ pub(super) struct Counter(AtomicU64);
 impl Counter {
     pub(super) fn add(&self, count: usize) {
         self.0.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// Has `count` more in it until the guard is dropped.
+    pub(super) fn hold(&self, count: usize) -> Held<'_> {
+        self.add(count);
+        Held { counter: self, count: count as u64 }
+    }
+}
+
+/// See [`Counter::hold`].
+pub(super) struct Held<'a> {
+    counter: &'a Counter,
+    count: u64,
+}
+
+impl Held<'_> {
+    /// One less.
+    pub(super) fn one_done(&mut self) {
+        let one = self.count.min(1);
+        self.count -= one;
+        self.counter.0.fetch_sub(one, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.counter.0.fetch_sub(self.count, Ordering::Relaxed);
     }
 }

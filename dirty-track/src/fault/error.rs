@@ -77,6 +77,19 @@ pub enum FaultError {
         /// What the kernel said.
         source: errno::Error,
     },
+    /// It cannot be seen how pages are mapped.
+    #[error(
+        "cannot look how pages {range} are mapped: {source}; PAGEMAP_SCAN (Linux 6.7) and /proc are needed"
+    )]
+    Look {
+        /// The pages.
+        range: PageRange,
+        /// What the kernel said.
+        source: errno::Error,
+    },
+    /// The process's page tables cannot be looked at.
+    #[error("cannot open /proc/self/pagemap: {0}: is /proc mounted?")]
+    Pagemap(io::Error),
     /// Guest memory was moved to other addresses.
     #[error("{start:#x}..{end:#x} was moved elsewhere by mremap while the guest had it")]
     Moved {

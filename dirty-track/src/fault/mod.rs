@@ -12,12 +12,14 @@
 //! record, wake. `EEXIST`, `EAGAIN` and `ENOENT` mean that somebody else was there: whoever sleeps looks again. An
 //! error of a [source](PageSource) keeps the guest's thread asleep, is [reported](Server::failure), and is tried again.
 //!
-//! # What a harvest says
-//! [`Server::harvest`] never misses a write to a page that the server installed. It has more than was written where
-//! the policies say so ([`Split::Block`], untracked memory, moved pages), and where a harvest protects a page again
-//! while a second thread's message about it is on its way: the page is opened once more, and reported once more.
+//! # Who tracks such memory
+//! No second userfaultfd can be registered there, so the server is a tracker itself: [`FaultTracker`]. It never misses a
+//! write. It has more than was written where the policies say so ([`Split::Block`], moved pages), which is marked as
+//! coarse, and where a harvest protects a page again while a second thread's message about it is on its way: the page
+//! is opened once more, and reported once more.
 
 pub mod age;
+mod agree;
 mod counts;
 mod error;
 mod plan;
@@ -27,6 +29,7 @@ mod server;
 pub mod source;
 pub mod split;
 mod text;
+pub mod track;
 pub mod working_set;
 
 pub use age::Age;
@@ -38,6 +41,7 @@ pub use server::{Config, Server};
 pub use source::{FileRegion, PageSource, Source};
 pub use split::{Split, Threshold};
 pub use text::ParseError;
+pub use track::FaultTracker;
 pub use working_set::WorkingSet;
 
 pub use crate::sys::uffd::fill::Staging;

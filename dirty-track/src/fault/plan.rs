@@ -1,5 +1,6 @@
 //! From a fault and what is recorded of its block to what is to be done: a pure function.
 
+use crate::fault::serve::Served;
 use crate::fault::{Age, Prefault, Split};
 use crate::stage2::{Block, Leaves};
 use crate::sys::uffd::message::Cause;
@@ -13,9 +14,6 @@ pub struct Policies {
     pub prefault: Prefault,
     /// How that is recorded.
     pub age: Age,
-    /// Pages are installed such that their first write is seen: dirty is then exact from the start. Otherwise a page
-    /// that was asked for counts as dirty as soon as it is there, and costs no second fault when it is written.
-    pub track: bool,
 }
 
 /// Where a slot's pages come from, as far as a plan depends on it.
@@ -44,20 +42,23 @@ pub(super) struct View {
     pub(super) origin: Origin,
     /// The slot's memory consists of huge pages, and of nothing smaller.
     pub(super) huge: bool,
+    /// Every first write is to be seen. Otherwise a page that was asked for counts as dirty as soon as it is there,
+    /// and costs no second fault when it is written.
+    pub(super) track: bool,
 }
 
 impl View {
-    pub(super) fn of(block: &Block<'_>, recorded: Leaves, origin: Origin, huge: bool) -> View {
-        let (own, present, protected) = (block.own(), block.present(), block.protected());
+    pub(super) fn of(block: &Block<'_>, recorded: Leaves, slot: &Served, track: bool) -> View {
         View {
-            own,
-            present,
-            protected,
+            own: block.own(),
+            present: block.present(),
+            protected: block.protected(),
             dirty: block.dirty(),
             dropped: block.dropped(),
             recorded,
-            origin,
-            huge,
+            origin: slot.origin,
+            huge: slot.huge,
+            track,
         }
     }
 }
@@ -74,14 +75,18 @@ pub(super) enum Plan {
 /// Pages to put where none are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Install {
-    /// With what the slot's source has.
+    /// With what the slot's source has, or with what the mapped file's cache has.
     pub(super) filled: Leaves,
+    /// That cache.
+    pub(super) cached: bool,
     /// With zeros.
     pub(super) zeroed: Leaves,
     /// All of them write-protected.
     pub(super) protected: bool,
     /// The leaf that faulted is opened after that.
     pub(super) open: bool,
+    /// It is about to be written.
+    pub(super) written: bool,
     /// The zero page will do: nothing of it is about to be written, nor to be seen when it is.
     pub(super) zero_page: bool,
 }
@@ -105,9 +110,10 @@ pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) 
     // The kernel knows better what is missing. A page that was there has lost its contents by now.
     let gone = view.dropped | view.present & one;
     let (filled, zeroed) = match view.origin {
+        _ if cached && view.huge => (set, Leaves::NONE),
         _ if cached => (set & !view.dropped | one, Leaves::NONE),
-        Origin::Zero => (Leaves::NONE, set),
-        Origin::Cache => (Leaves::NONE, one),
+        // The cache has not even the page that faulted: there is a hole in the file.
+        Origin::Zero | Origin::Cache => (Leaves::NONE, set),
         // A huge page is one thing.
         Origin::Buffer | Origin::Staged if view.huge => match gone.contains(leaf) {
             true => (Leaves::NONE, set),
@@ -115,16 +121,16 @@ pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) 
         },
         Origin::Buffer | Origin::Staged => (set & !gone, set & gone),
     };
-    let leaf_open = write || !policies.track;
+    let leaf_open = write || !view.track;
     let along = !((filled | zeroed) & !one).is_empty() && !view.huge;
     let protected = match along {
-        _ if view.origin == Origin::Staged => false,
-        true => policies.track || policies.age == Age::Old,
+        _ if view.origin == Origin::Staged && !cached => false,
+        true => view.track || policies.age == Age::Old,
         false => !leaf_open,
     };
     let open = leaf_open && protected;
     let zero_page = !write && !protected && !view.huge;
-    Plan::Install(Install { filled, zeroed, protected, open, zero_page })
+    Plan::Install(Install { filled, cached, zeroed, protected, open, written: write, zero_page })
 }
 
 #[cfg(test)]
@@ -144,6 +150,7 @@ mod tests {
             recorded: Leaves::NONE,
             origin: Origin::Buffer,
             huge: false,
+            track: false,
         }
     }
 
@@ -155,23 +162,27 @@ mod tests {
         let policies = Policies::default();
         let install = Install {
             filled: Leaves::range(66..80),
+            cached: false,
             zeroed: Leaves::range(64..66),
             protected: true,
             open: true,
+            written: true,
             zero_page: false,
         };
+        let read = Install { written: false, ..install };
         assert_eq!(plan(&view(), 70, WRITE, &policies), Plan::Install(install));
         // Untracked, what was asked for is open even if it is only read.
-        assert_eq!(plan(&view(), 70, READ, &policies), Plan::Install(install));
-        let tracked = Policies { track: true, ..policies };
-        assert_eq!(plan(&view(), 70, READ, &tracked), Plan::Install(Install { open: false, ..install }));
-        assert_eq!(plan(&view(), 70, WRITE, &tracked), Plan::Install(install));
+        assert_eq!(plan(&view(), 70, READ, &policies), Plan::Install(read));
+        let tracked = View { track: true, ..view() };
+        assert_eq!(plan(&tracked, 70, READ, &policies), Plan::Install(Install { open: false, ..read }));
+        assert_eq!(plan(&tracked, 70, WRITE, &policies), Plan::Install(install));
         // Young pages of memory that nobody tracks are open.
         let young = Policies { age: Age::Young, ..policies };
         let open = Install { protected: false, open: false, ..install };
         assert_eq!(plan(&view(), 70, WRITE, &young), Plan::Install(open));
-        assert_eq!(plan(&view(), 70, READ, &young), Plan::Install(Install { zero_page: true, ..open }));
-        let Plan::Install(moved) = plan(&View { origin: Origin::Staged, ..view() }, 70, READ, &tracked)
+        let zero = Install { zero_page: true, written: false, ..open };
+        assert_eq!(plan(&view(), 70, READ, &young), Plan::Install(zero));
+        let Plan::Install(moved) = plan(&View { origin: Origin::Staged, ..tracked }, 70, READ, &policies)
         else {
             panic!("a missing page is not opened")
         };
@@ -180,11 +191,12 @@ mod tests {
 
     #[test]
     fn what_was_there_and_is_missing_has_lost_its_contents() {
-        let none = Policies { prefault: Prefault::None, track: true, ..Policies::default() };
-        let Plan::Install(install) = plan(&view(), 103, READ, &none) else { panic!("it is missing") };
+        let none = Policies { prefault: Prefault::None, ..Policies::default() };
+        let view = View { track: true, ..view() };
+        let Plan::Install(install) = plan(&view, 103, READ, &none) else { panic!("it is missing") };
         assert_eq!((install.filled, install.zeroed), (Leaves::NONE, Leaves::one(103)));
         // A file has its own contents, whatever became of the mapping.
-        let view = View { origin: Origin::Cache, ..view() };
+        let view = View { origin: Origin::Cache, ..view };
         let minor = plan(&view, 103, Cause::Minor { write: false }, &none);
         let Plan::Install(install) = minor else { panic!("it is missing") };
         assert_eq!((install.filled, install.zeroed), (Leaves::one(103), Leaves::NONE));
@@ -203,12 +215,7 @@ mod tests {
             (12..=21u32).prop_map(|bits| Prefault::Around(Window::new(1 << bits).unwrap())),
         ];
         let age = prop_oneof![Just(Age::Old), Just(Age::Young)];
-        (split, prefault, age, any::<bool>()).prop_map(|(split, prefault, age, track)| Policies {
-            split,
-            prefault,
-            age,
-            track,
-        })
+        (split, prefault, age).prop_map(|(split, prefault, age)| Policies { split, prefault, age })
     }
 
     proptest! {
@@ -218,6 +225,7 @@ mod tests {
             words in any::<[[u64; 8]; 4]>(),
             which in 0..4usize,
             kind in 0..5usize,
+            track in any::<bool>(),
             policies in policies(),
         ) {
             let origin = [Origin::Zero, Origin::Buffer, Origin::Cache, Origin::Staged][which];
@@ -232,6 +240,7 @@ mod tests {
                 recorded: Leaves(words[3]),
                 origin,
                 huge: false,
+                track,
             };
             let write = kind % 2 == 1;
             let cause = match kind {
@@ -255,12 +264,13 @@ mod tests {
                     prop_assert!(kind > 1 || !(install.filled & view.dropped).contains(leaf));
                     // A write goes on at once, and one that is to be seen is.
                     prop_assert!(!write || install.open || !install.protected);
-                    if policies.track && origin != Origin::Staged {
+                    prop_assert_eq!((install.written, install.cached), (write, kind > 1));
+                    if track && (origin != Origin::Staged || install.cached) {
                         prop_assert!(install.protected || (write && all == Leaves::one(leaf)));
                         prop_assert!(write || !install.open);
                     }
                     prop_assert!(!(install.zero_page && (write || install.protected)));
-                    prop_assert!(origin != Origin::Staged || !install.protected);
+                    prop_assert!(origin != Origin::Staged || install.cached || !install.protected);
                 }
             }
         }

@@ -12,6 +12,8 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmm_sys_util::errno;
 
@@ -19,7 +21,7 @@ use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
 use crate::fault::counts::{Counter, Counters};
 use crate::fault::plan::{Install, Origin, Plan, Policies, View, plan};
 use crate::fault::{Age, FaultError, PageSource, Prefault, WorkingSet};
-use crate::stage2::{Block, Contents, Kind, Leaves, Mapping, NoMemory, Spare, Stage2};
+use crate::stage2::{Block, Contents, Kind, Leaves, Mapping, NoMemory, Seen, Spare, Stage2};
 use crate::sys::uffd::fill::Progress;
 use crate::sys::uffd::message::Cause;
 
@@ -44,6 +46,8 @@ pub(super) trait Kernel {
     fn wake(&self, slot: usize, pages: Range<usize>);
     /// Lets the host take pages for unused.
     fn cold(&self, slot: usize, pages: Range<usize>);
+    /// How `pages` are mapped, the first of them being leaf `leaf` of its block, in which they all are.
+    fn look(&self, slot: usize, pages: Range<usize>, leaf: usize) -> Result<Seen, errno::Error>;
 }
 
 /// A slot whose faults are served.
@@ -53,7 +57,7 @@ pub(super) struct Served {
     pub(super) hva: u64,
     pub(super) origin: Origin,
     /// For [`Origin::Buffer`].
-    pub(super) source: Option<std::sync::Arc<dyn PageSource>>,
+    pub(super) source: Option<Arc<dyn PageSource>>,
     /// It consists of huge pages of 2 MiB.
     pub(super) huge: bool,
 }
@@ -63,8 +67,13 @@ impl Served {
         self.hva..self.hva + self.frames.bytes()
     }
 
+    /// Whether nothing has to be fetched first.
+    fn has_at_hand(&self, worker: &Worker, install: &Install) -> bool {
+        install.cached || self.origin != Origin::Buffer || worker.fetched.includes(&install.filled)
+    }
+
     /// A run of leaves of the block at `first`, as pages of the slot, which has them.
-    fn pages(&self, first: Gfn, run: &Range<usize>) -> Range<usize> {
+    pub(super) fn pages(&self, first: Gfn, run: &Range<usize>) -> Range<usize> {
         let page = |leaf: usize| (first.0 + leaf as u64 - self.frames.start.0) as usize;
         page(run.start)..page(run.end)
     }
@@ -79,6 +88,9 @@ pub(super) struct Pager<K> {
     pub(super) slots: Vec<Served>,
     pub(super) policies: Policies,
     pub(super) working_set: WorkingSet,
+    /// Every first write is to be seen. Read with a block held; set before all blocks are protected one by one: so
+    /// whoever installs pages in a block has either seen it, or has that block protected after it.
+    pub(super) track: AtomicBool,
     pub(super) counters: Counters,
 }
 
@@ -142,14 +154,14 @@ impl<K: Kernel> Pager<K> {
                 Prefault::Recorded => self.working_set.leaves(&block),
                 _ => Leaves::NONE,
             };
-            let view = View::of(&block, recorded, slot.origin, slot.huge);
+            let view = View::of(&block, recorded, slot, self.track.load(Ordering::Acquire));
             match plan(&view, leaf, cause, &policies) {
                 Plan::Open(leaves) => {
                     let (end, wake) = self.open(worker, &mut block, index, leaf, leaves)?;
                     drop(block);
                     return self.wake(index, gfn, wake | Leaves::one(leaf), end);
                 }
-                Plan::Install(install) if slot.origin != Origin::Buffer || worker.has(&install.filled) => {
+                Plan::Install(install) if slot.has_at_hand(worker, &install) => {
                     let (end, done) = self.install(worker, &mut block, index, Some(leaf), &install)?;
                     drop(block);
                     let outcome = self.wake(index, gfn, done | Leaves::one(leaf), end);
@@ -181,15 +193,22 @@ impl<K: Kernel> Pager<K> {
             if filled.is_empty() {
                 return Ok(());
             }
-            if slot.origin == Origin::Buffer && !worker.has(&filled) {
+            // Nobody faulted, so nobody is known to have touched them.
+            let install = Install {
+                filled,
+                cached: false,
+                zeroed: Leaves::NONE,
+                protected: slot.origin != Origin::Staged,
+                open: false,
+                written: false,
+                zero_page: false,
+            };
+            if !slot.has_at_hand(worker, &install) {
                 let first = block.first();
                 drop(block);
                 worker.fetch(slot, first, &filled).map_err(|source| FaultError::Fetch { gfn, source })?;
                 continue;
             }
-            // Nobody faulted, so nobody is known to have touched them.
-            let protected = slot.origin != Origin::Staged;
-            let install = Install { filled, zeroed: Leaves::NONE, protected, open: false, zero_page: false };
             let (end, done) = self.install(worker, &mut block, index, None, &install)?;
             drop(block);
             let outcome = self.wake(index, gfn, done, end);
@@ -221,20 +240,21 @@ impl<K: Kernel> Pager<K> {
             zeros.resize(BLOCK_SIZE as usize, 0);
         }
         let bytes = |run: &Range<usize>| run.start * PAGE_BYTES..run.end * PAGE_BYTES;
-        let mut done = Leaves::NONE;
+        let (mut done, mut there) = (Leaves::NONE, Leaves::NONE);
         let mut end = End::Done;
         for (leaves, zero) in [(&plan.filled, false), (&plan.zeroed, true)] {
             for run in leaves.runs() {
                 if end != End::Done {
                     break;
                 }
-                end = fill_run(&run, slot.huge, &mut done, |run| {
+                end = fill_run(&run, slot.huge, &mut done, &mut there, |run| {
                     let (with, counter): (_, &Counter) = match slot.origin {
                         _ if zero && plan.zero_page => (Fill::ZeroPage, &counters.zeroes),
                         _ if zero => (Fill::Bytes(&zeros[bytes(&run)]), &counters.copies),
-                        Origin::Cache => (Fill::Cache, &counters.continues),
+                        _ if plan.cached => (Fill::Cache, &counters.continues),
                         Origin::Staged => (Fill::Staged, &counters.moves),
-                        Origin::Buffer | Origin::Zero => {
+                        // Of these two others, one has a cache and the other zeros.
+                        Origin::Buffer | Origin::Cache | Origin::Zero => {
                             (Fill::Bytes(&buffer[bytes(&run)]), &counters.copies)
                         }
                     };
@@ -256,6 +276,13 @@ impl<K: Kernel> Pager<K> {
         let mapped = record(block, plan, done, one, along, slot.huge, spare)?;
         if opened && end == End::Done {
             block.open(&one, spare)?;
+        }
+        if plan.written {
+            block.mark(&(done & one & !block.protected()), spare)?;
+        }
+        let unknown = there & !block.present();
+        if !unknown.is_empty() {
+            self.recall(block, index, unknown, spare)?;
         }
         counters.installed.add(mapped.count());
         counters.prefaulted.add((mapped & !one).count());
@@ -292,6 +319,7 @@ impl<K: Kernel> Pager<K> {
         }
         block.open(&opened, spare)?;
         if opened.contains(leaf) {
+            block.mark(if slot.huge { &opened } else { &one }, spare)?;
             self.counters.hits.add(block.touch(&one).count());
         }
         self.counters.opened.add(opened.count());
@@ -332,57 +360,6 @@ impl<K: Kernel> Pager<K> {
             along.runs().for_each(|run| self.kernel.cold(index, self.slots[index].pages(first, &run)));
         }
     }
-
-    /// The host drops or unmaps what is at `addresses`.
-    pub(super) fn removed(&self, worker: &mut Worker, addresses: Range<u64>) -> Result<(), FaultError> {
-        for slot in &self.slots {
-            let start = addresses.start.max(slot.hva);
-            let end = addresses.end.min(slot.addresses().end);
-            if start >= end {
-                continue;
-            }
-            let page = |address: u64| (address - slot.hva) / crate::addr::PAGE_SIZE;
-            let range = PageRange {
-                start: Gfn(slot.frames.start.0 + page(start)),
-                pages: page(end - 1) + 1 - page(start),
-            };
-            self.stage2.each(range, |block, leaves| {
-                worker.spare.fill()?;
-                self.counters.removed.add((block.present() & leaves).count());
-                self.counters.unmapped_old.add((block.old() & leaves).count());
-                block.zap(&leaves, Contents::Dropped, &mut worker.spare)
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Takes the pages that are dirty, protects them, and appends them to `taken`, which has what was taken even if
-    /// it fails.
-    pub(super) fn harvest(&self, spare: &mut Spare, taken: &mut Vec<PageRange>) -> Result<(), FaultError> {
-        self.stage2.each_dirty(|block| {
-            spare.fill()?;
-            let Some(index) = self.slots.iter().position(|slot| slot.frames.contains(frame_of(block))) else {
-                return Ok(());
-            };
-            let slot = &self.slots[index];
-            let dirty = if slot.huge { block.own() } else { block.dirty() };
-            for run in (dirty & block.present()).runs() {
-                let pages = slot.pages(block.first(), &run);
-                self.kernel
-                    .protect(index, pages)
-                    .map_err(|source| FaultError::Protect { range: block.frames(run), source })?;
-            }
-            let dirty = block.clean(&dirty, spare)?;
-            taken.extend(dirty.runs().map(|run| block.frames(run)));
-            Ok(())
-        })
-    }
-}
-
-/// A frame that the block's slot has.
-fn frame_of(block: &Block<'_>) -> Gfn {
-    let leaf = block.own().runs().next().map_or(0, |run| run.start);
-    Gfn(block.first().0 + leaf as u64)
 }
 
 /// Records the leaves `done` as mapped, and returns those that were not before.
@@ -398,10 +375,8 @@ fn record(
     // What was filled was not there, whatever was recorded.
     let lost = done & block.present();
     if !lost.is_empty() {
-        block.zap(&lost, Contents::Dropped, spare)?;
+        block.zap(&lost, if plan.cached { Contents::Kept } else { Contents::Dropped }, spare)?;
     }
-    // A harvest may have come between the news that contents are to be dropped and the drop itself.
-    block.mark(&(done & block.dropped() & plan.zeroed), spare)?;
     let mapping = Mapping { protected: plan.protected, old: false };
     if huge && done == Leaves::ALL && block.map_huge(mapping).is_ok() {
         return Ok(done);
@@ -411,11 +386,12 @@ fn record(
     Ok(done)
 }
 
-/// Fills `run` by as many calls as it takes, leaving out pages that need not or cannot be filled.
+/// Fills `run` by as many calls as it takes, leaving out pages that are `there` and pages that cannot be filled.
 fn fill_run(
     run: &Range<usize>,
     huge: bool,
     done: &mut Leaves,
+    there: &mut Leaves,
     mut call: impl FnMut(Range<usize>) -> Progress,
 ) -> End {
     let mut at = run.start;
@@ -428,7 +404,13 @@ fn fill_run(
             None => return End::Done,
             // The next call says why.
             Some(_) if pages > 0 => {}
-            Some(libc::EEXIST | libc::EFAULT) => at += if huge { run.len() } else { 1 },
+            Some(error @ (libc::EEXIST | libc::EFAULT)) => {
+                let next = if huge { run.end } else { at + 1 };
+                if error == libc::EEXIST {
+                    *there |= Leaves::range(at..next);
+                }
+                at = next;
+            }
             Some(error) => return End::of(error),
         }
     }
@@ -436,10 +418,6 @@ fn fill_run(
 }
 
 impl Worker {
-    fn has(&self, leaves: &Leaves) -> bool {
-        self.fetched.includes(leaves)
-    }
-
     /// Fetches `leaves` of the block at `first`, as far as they are not at hand.
     fn fetch(&mut self, slot: &Served, first: Gfn, leaves: &Leaves) -> io::Result<()> {
         if self.buffer.is_empty() {

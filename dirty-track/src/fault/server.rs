@@ -3,20 +3,22 @@
 use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PageRange, PageSize};
+use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PageSize};
 use crate::fault::counts::Counts;
 use crate::fault::plan::{Origin, Policies};
 use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
 use crate::fault::{FaultError, Prefault, Source, WorkingSet};
-use crate::stage2::{Spare, Stage2};
-use crate::sys::uffd::fill::{Absence, Progress, Staging, cold};
+use crate::stage2::{Disagreement, Leaves, Seen, Stage2};
+use crate::sys::pagemap::{Found, Pagemap};
+use crate::sys::uffd::fill::{Progress, Staging, cold};
 use crate::sys::uffd::message::Message;
 use crate::sys::uffd::{Mode, Uffd, Wait};
 use crate::tracker::wp_slot::WpSlot;
@@ -63,12 +65,15 @@ struct Shared {
 /// How long a handler waits after an error before it tries again.
 const AFTER_ERROR: Duration = Duration::from_millis(1);
 
+/// How long the end of the service waits for a handler that is busy with a source.
+const FOR_HANDLERS: Duration = Duration::from_secs(1);
+
 impl Server {
-    /// Serves `slots`, each with its source. Nothing that is mapped there already is touched; memory that was mapped
-    /// before is best dropped first, for only what is missing is fetched.
+    /// Serves `slots`, each with its source. What is mapped there already stays as it is; only what is missing is
+    /// fetched. Linux 6.7.
     ///
     /// # Errors
-    /// [`FaultError::Userfaultfd`]; [`FaultError::Slot`] when a slot and its source do not go together;
+    /// [`FaultError::Userfaultfd`]; [`FaultError::Pagemap`] and [`FaultError::Look`]; [`FaultError::Slot`] when a slot and its source do not go together;
     /// [`FaultError::Config`]; [`FaultError::Register`]; [`FaultError::Handler`].
     pub fn start(slots: Vec<(Slot, Source)>, config: Config) -> Result<Server, FaultError> {
         let Config { policies, working_set, handlers } = config;
@@ -103,14 +108,23 @@ impl Server {
                 huge: slot.page() == PageSize::M2,
             })
             .collect();
-        let staging = |source| match source {
-            Source::Staged(staging) => Some(staging),
+        let staging = served.iter().map(|(_, source)| match source {
+            Source::Staged(staging) => Some(Arc::clone(staging)),
             _ => None,
+        });
+        let staging = staging.collect();
+        let pagemap = Pagemap::open().map_err(FaultError::Pagemap)?;
+        let wp = served.into_iter().map(|(slot, _)| slot).collect();
+        let kernel = KernelUffd { uffd, pagemap, slots: wp, staging };
+        let pager = Pager {
+            kernel,
+            stage2,
+            slots,
+            policies,
+            working_set,
+            track: AtomicBool::new(false),
+            counters: Default::default(),
         };
-        let slots_of =
-            served.into_iter().map(|(slot, source)| (slot.slot().clone(), staging(source))).collect();
-        let kernel = KernelUffd { uffd, slots: slots_of };
-        let pager = Pager { kernel, stage2, slots, policies, working_set, counters: Default::default() };
         let shared = Arc::new(Shared { pager, failure: Mutex::new(None) });
         let stop = EventFd::new(EFD_NONBLOCK).map_err(FaultError::Handler)?;
         let mut server = Server { shared, stop, threads: Vec::new(), registered: 0 };
@@ -118,6 +132,7 @@ impl Server {
             server.spawn().map_err(FaultError::Handler)?;
         }
         server.register()?;
+        server.shared.pager.adopt()?;
         Ok(server)
     }
 
@@ -138,15 +153,11 @@ impl Server {
 
     fn register(&mut self) -> Result<(), FaultError> {
         let Shared { pager, .. } = &*self.shared;
-        for (index, (slot, _)) in pager.kernel.slots.iter().enumerate() {
-            let absence = match pager.slots[index].origin {
-                Origin::Cache => Absence::Minor,
-                Origin::Zero | Origin::Buffer | Origin::Staged => Absence::Missing,
-            };
+        for (index, slot) in pager.kernel.slots.iter().enumerate() {
             pager
                 .kernel
                 .uffd
-                .register_slot(slot, absence)
+                .register_slot(slot.slot(), slot.backing() != Backing::Private)
                 .map_err(|source| FaultError::Register { id: slot.id(), source })?;
             self.registered = index + 1;
         }
@@ -168,17 +179,31 @@ impl Server {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Takes the pages that were written since the last call, or may have been, and appends them to `taken`: every
-    /// write that was complete before this call is in it. They are write-protected before this returns, and are to be
-    /// copied after that.
-    ///
-    /// Pages that no server installed (they were there before) are not tracked by it.
+    /// In what the record and the kernel disagree. Each block is looked at while nobody changes it.
     ///
     /// # Errors
-    /// [`FaultError::Protect`]. What was taken is in `taken` and owed to whoever wanted it; the rest comes with the
-    /// next call.
-    pub fn harvest(&self, taken: &mut Vec<PageRange>) -> Result<(), FaultError> {
-        self.shared.pager.harvest(&mut Spare::default(), taken)
+    /// [`FaultError::Look`].
+    pub fn check(&self) -> Result<Vec<Disagreement>, FaultError> {
+        self.shared.pager.check()
+    }
+
+    /// What decides.
+    pub fn policies(&self) -> &Policies {
+        &self.shared.pager.policies
+    }
+
+    pub(super) fn pager(&self) -> &Pager<KernelUffd> {
+        &self.shared.pager
+    }
+
+    /// In the order of the pager's.
+    pub(super) fn slots(&self) -> &[WpSlot] {
+        &self.shared.pager.kernel.slots
+    }
+
+    /// Whether pages are moved, and so cannot be installed protected.
+    pub(super) fn moves(&self) -> bool {
+        self.shared.pager.slots.iter().any(|slot| slot.origin == Origin::Staged)
     }
 
     /// Installs everything that is still missing and would not be zero, so that the service can end while the guest
@@ -217,8 +242,8 @@ impl Server {
     fn release(&mut self) -> Result<(), FaultError> {
         let mut outcome = Ok(());
         let kernel = &self.shared.pager.kernel;
-        for (slot, _) in &kernel.slots[..self.registered] {
-            if let Err(source) = kernel.uffd.unregister(slot.hva(), slot.len()) {
+        for slot in &kernel.slots[..self.registered] {
+            if let Err(source) = kernel.uffd.unregister(slot.slot().hva(), slot.slot().len()) {
                 outcome = outcome.and(Err(FaultError::Register { id: slot.id(), source }));
             }
         }
@@ -226,10 +251,17 @@ impl Server {
         self.registered = 0;
         // An eventfd whose counter is not nearly full takes the write.
         let _ = self.stop.write(1);
-        self.threads.drain(..).for_each(|thread| {
-            // It cannot have panicked.
-            let _ = thread.join();
-        });
+        // A source that does not return keeps its handler, which has all that it needs and touches nothing any more.
+        let deadline = Instant::now() + FOR_HANDLERS;
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() && Instant::now() < deadline {
+                thread::sleep(AFTER_ERROR);
+            }
+            if thread.is_finished() {
+                // It cannot have panicked.
+                let _ = thread.join();
+            }
+        }
         outcome
     }
 }
@@ -308,6 +340,8 @@ impl Shared {
             let mut seen = std::collections::HashSet::new();
             faults.retain(|fault| seen.insert(*fault));
         }
+        // Given back even if a source panics.
+        let mut waiting = self.pager.counters.waiting.hold(faults.len());
         for (address, cause) in faults {
             if let Err(error) = self.pager.serve(worker, address, cause) {
                 self.failed(error);
@@ -318,6 +352,7 @@ impl Shared {
                     self.pager.kernel.wake(index, page..page + 1);
                 }
             }
+            waiting.one_done();
         }
     }
 
@@ -335,40 +370,78 @@ impl Shared {
 
 /// The kernel's own mechanism.
 #[derive(Debug)]
-struct KernelUffd {
+pub(super) struct KernelUffd {
     uffd: Uffd,
-    slots: Vec<(Slot, Option<Arc<Staging>>)>,
+    pagemap: Pagemap,
+    slots: Vec<WpSlot>,
+    staging: Vec<Option<Arc<Staging>>>,
+}
+
+impl KernelUffd {
+    fn slot(&self, index: usize) -> &Slot {
+        self.slots[index].slot()
+    }
+
+    fn addresses(&self, slot: usize, pages: &Range<usize>) -> Range<u64> {
+        self.slots[slot].hva(pages.start)..self.slots[slot].hva(pages.end)
+    }
 }
 
 impl Kernel for KernelUffd {
     fn fill(&self, slot: usize, pages: Range<usize>, with: Fill<'_>, protected: bool) -> Progress {
-        let (slot, staging) = &self.slots[slot];
+        let (slot, staging) = (self.slot(slot), &self.staging[slot]);
         match (with, staging) {
             (Fill::Bytes(from), _) => self.uffd.copy(slot, pages, from, protected),
             (Fill::ZeroPage, _) => self.uffd.zero(slot, pages),
             (Fill::Cache, _) => self.uffd.map_cached(slot, pages, protected),
             (Fill::Staged, Some(staging)) => self.uffd.take(slot, pages.clone(), staging, pages.start),
-            (Fill::Staged, None) => Progress { pages: 0, error: Some(libc::EINVAL) },
+            (Fill::Staged, None) => Progress::REFUSED,
         }
     }
 
     fn open(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
-        self.uffd.open_pages(&self.slots[slot].0, pages)
+        self.uffd.open_pages(self.slot(slot), pages)
     }
 
     fn protect(&self, slot: usize, pages: Range<usize>) -> Result<(), errno::Error> {
-        let slot = &self.slots[slot].0;
-        let start = slot.hva() + pages.start as u64 * crate::addr::PAGE_SIZE;
-        self.uffd.protect(start, pages.len() as u64 * crate::addr::PAGE_SIZE)
+        let addresses = self.addresses(slot, &pages);
+        self.uffd.protect(addresses.start, addresses.end - addresses.start)
     }
 
     fn wake(&self, slot: usize, pages: Range<usize>) {
-        let start = self.slots[slot].0.hva() + pages.start as u64 * crate::addr::PAGE_SIZE;
+        let addresses = self.addresses(slot, &pages);
         // It cannot fail for a range that is not empty.
-        let _ = self.uffd.wake(start, pages.len() as u64 * crate::addr::PAGE_SIZE);
+        let _ = self.uffd.wake(addresses.start, addresses.end - addresses.start);
     }
 
     fn cold(&self, slot: usize, pages: Range<usize>) {
-        cold(&self.slots[slot].0, pages);
+        cold(self.slot(slot), pages);
+    }
+
+    fn look(&self, slot: usize, pages: Range<usize>, leaf: usize) -> Result<Seen, errno::Error> {
+        let addresses = self.addresses(slot, &pages);
+        let mut found = [Found::NOTHING; 32];
+        let mut seen = Seen::default();
+        let mut from = addresses.start;
+        while from < addresses.end {
+            let (runs, next) = self.pagemap.mapped(from, addresses.end, &mut found)?;
+            for run in &found[..runs] {
+                let run_pages = self.slots[slot].pages_at(run.addresses());
+                let at = |page: usize| (page.max(pages.start) - pages.start + leaf).min(leaf + pages.len());
+                let leaves = Leaves::range(at(run_pages.start)..at(run_pages.end));
+                seen.present |= leaves;
+                if !run.written() {
+                    seen.protected |= leaves;
+                }
+                if run.huge() {
+                    seen.huge |= leaves;
+                }
+            }
+            if next <= from {
+                return Err(errno::Error::new(libc::EPROTO));
+            }
+            from = next;
+        }
+        Ok(seen)
     }
 }

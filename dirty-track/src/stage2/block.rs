@@ -24,7 +24,7 @@ pub enum Kind {
 /// How leaves are mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// Write-protected. What is not is dirty from the start: nobody sees when it is written.
+    /// Write-protected. What is not is dirty from the start, and coarse: nobody sees when it is written.
     pub protected: bool,
     /// Nobody asked for them; they came along.
     pub old: bool,
@@ -103,11 +103,13 @@ impl Block<'_> {
             State::Whole(flags) if has(&self.own) => *flags,
             State::Whole(_) => Leaf::default(),
             State::Split(table) => {
-                let Planes { present, protected, dirty, old } = &table[0];
+                let planes @ Planes { present, protected, dirty, old } = &table[0];
+                let open = has(&planes.open());
                 Leaf {
                     present: has(present),
                     protected: has(protected),
-                    dirty: has(dirty),
+                    dirty: has(dirty) || open,
+                    coarse: open && !has(dirty),
                     old: has(present) && has(old),
                     dropped: !has(present) && has(old),
                 }
@@ -127,7 +129,14 @@ impl Block<'_> {
 
     /// The leaves that are dirty.
     pub fn dirty(&self) -> Leaves {
-        self.state.planes(&self.own).dirty
+        let planes = self.state.planes(&self.own);
+        planes.dirty | planes.open()
+    }
+
+    /// Those of the dirty leaves of which it is not known that they were written.
+    pub fn coarse(&self) -> Leaves {
+        let planes = self.state.planes(&self.own);
+        planes.open() & !planes.dirty
     }
 
     /// The leaves that came along and were not seen to be touched.
@@ -161,8 +170,6 @@ impl Block<'_> {
             words.old = if how.old { words.old | new } else { words.old & !new };
             if how.protected {
                 words.protected |= new;
-            } else {
-                words.dirty |= new;
             }
         })?;
         self.note();
@@ -182,11 +189,12 @@ impl Block<'_> {
             return Err(NotHuge::Present);
         }
         // One mapping is dirty as one.
-        let dirty = !how.protected || !planes.dirty.is_empty();
+        let written = !planes.dirty.is_empty();
         *self.state = State::Whole(Leaf {
             present: true,
             protected: how.protected,
-            dirty,
+            dirty: written || !how.protected,
+            coarse: !written && !how.protected,
             old: how.old,
             dropped: false,
         });
@@ -217,7 +225,7 @@ impl Block<'_> {
         if self.own != Leaves::ALL {
             return Err(NotHuge::Partial);
         }
-        let Planes { present, protected, dirty, old } = self.state.planes(&self.own);
+        let planes @ Planes { present, protected, dirty, old } = self.state.planes(&self.own);
         if present != Leaves::ALL {
             return Err(NotHuge::Present);
         }
@@ -227,12 +235,13 @@ impl Block<'_> {
         let flags = Leaf {
             present: true,
             protected: !protected.is_empty(),
-            dirty: !dirty.is_empty(),
+            dirty: !dirty.is_empty() || protected.is_empty(),
+            coarse: dirty.is_empty() && protected.is_empty(),
             old: old == Leaves::ALL,
             dropped: false,
         };
         *self.state = State::Whole(flags);
-        Ok(if flags.dirty { (!dirty).count() } else { 0 })
+        Ok(if flags.dirty { (!(dirty | planes.open())).count() } else { 0 })
     }
 
     /// Write-protects those of `leaves` that are present. What was dirty stays so.
@@ -240,23 +249,24 @@ impl Block<'_> {
     /// # Errors
     /// [`NoMemory`].
     pub fn protect(&mut self, leaves: &Leaves, spare: &mut Spare) -> Result<(), NoMemory> {
-        self.state.change(&self.own, leaves, spare, |words, mask| words.protected |= mask & words.present)
+        self.state.change(&self.own, leaves, spare, |words, mask| {
+            words.dirty |= mask & words.open();
+            words.protected |= mask & words.present;
+        })
     }
 
-    /// Lifts the protection of those of `leaves` that are present, and records them as dirty.
+    /// Lifts the protection of those of `leaves` that are present: they are dirty from now on, and coarse unless
+    /// they are [marked](Block::mark) as written.
     ///
     /// # Errors
     /// [`NoMemory`].
     pub fn open(&mut self, leaves: &Leaves, spare: &mut Spare) -> Result<(), NoMemory> {
-        self.state.change(&self.own, leaves, spare, |words, mask| {
-            words.protected &= !mask;
-            words.dirty |= mask & words.present;
-        })?;
+        self.state.change(&self.own, leaves, spare, |words, mask| words.protected &= !mask)?;
         self.note();
         Ok(())
     }
 
-    /// Records `leaves` as dirty, mapped or not: the host wrote there by a way of its own.
+    /// Records `leaves` as written, mapped or not.
     ///
     /// # Errors
     /// [`NoMemory`].
@@ -306,6 +316,7 @@ impl Block<'_> {
     pub fn zap(&mut self, leaves: &Leaves, contents: Contents, spare: &mut Spare) -> Result<(), NoMemory> {
         self.state.change(&self.own, leaves, spare, |words, mask| {
             let gone = mask & words.present;
+            words.dirty |= mask & words.open();
             words.present &= !mask;
             words.protected &= !mask;
             match contents {
@@ -327,17 +338,11 @@ impl Block<'_> {
         self.dirty.set(self.index);
     }
 
-    /// Whether a harvest is going to look at this block.
-    #[cfg(test)]
-    pub(crate) fn is_announced(&self) -> bool {
-        self.dirty.get(self.index)
-    }
-
     /// Lets [`Stage2::each_dirty`](crate::stage2::Stage2::each_dirty) find this block if it has to.
     pub(super) fn note(&self) {
         let dirty = match &*self.state {
             State::Whole(flags) => flags.dirty,
-            State::Split(table) => !table[0].dirty.is_empty(),
+            State::Split(table) => !(table[0].dirty | table[0].open()).is_empty(),
         };
         if dirty {
             self.dirty.set(self.index);

@@ -18,7 +18,8 @@
 //! > what is present and not protected is dirty,
 //!
 //! so taking dirty leaves out of the record is the same step as protecting them ([`Block::clean`]), and a block that
-//! is not tracked is one that is dirty all over.
+//! is not tracked is one that is dirty all over. What is dirty for no other reason than that it is open is *coarse*:
+//! nobody saw it being written, and nobody would have.
 //!
 //! # Transitions
 //! Of a block; *some* means some of its leaves and not all, *all* means all. A slot may have only part of a block, at
@@ -31,11 +32,11 @@
 //! | [`map_huge`](Block::map_huge) | huge; dirty if any leaf was, or if open | refused | refused |
 //! | [`split`](Block::split) | | split, all leaves as the huge mapping was | |
 //! | [`collapse`](Block::collapse) | refused | | huge if all are present and all or none protected; dirty if any was, old if all were; refused otherwise |
-//! | [`protect`](Block::protect) all | | huge, protected | leaves protected |
+//! | [`protect`](Block::protect) all | | huge, protected; dirty if it was open | leaves protected; dirty if they were open |
 //! | [`protect`](Block::protect) some | | split if it was open | leaves protected |
-//! | [`open`](Block::open) all | | huge, open, dirty | leaves open, dirty |
-//! | [`open`](Block::open) some | | split if it was protected | leaves open, dirty |
-//! | [`mark`](Block::mark) some | leaves dirty (needs a table) | split if it was clean | leaves dirty |
+//! | [`open`](Block::open) all | | huge, open | leaves open |
+//! | [`open`](Block::open) some | | split if it was protected | leaves open |
+//! | [`mark`](Block::mark) some | leaves dirty (needs a table) | split if it was clean or coarse | leaves dirty, not coarse |
 //! | [`clean`](Block::clean) all | clean | huge, protected, clean | leaves protected, clean |
 //! | [`clean`](Block::clean) some | leaves clean | split if it was dirty or open | leaves protected, clean |
 //! | [`touch`](Block::touch) some | | young, all of it | leaves young |
@@ -60,6 +61,7 @@
 //! - Memory may be dropped by whoever shares it, or by `madvise` in this process. Who does that calls
 //!   [`zap`](Block::zap) *after* it. A fault that says that a page is missing is right, whatever is recorded.
 
+mod agree;
 mod block;
 mod leaves;
 mod state;
@@ -69,6 +71,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::addr::{Gfn, LEAVES_PER_BLOCK, PageRange};
 use crate::bitmap::{self, DirtyBitmap};
 
+pub use agree::{Difference, Disagreement, Seen};
 pub use block::{Block, Contents, Kind, Mapping, NotHuge};
 pub use leaves::Leaves;
 pub use state::{Leaf, NoMemory, Spare};

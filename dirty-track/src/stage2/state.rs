@@ -12,9 +12,17 @@ pub struct NoMemory;
 pub(super) struct Quad {
     pub(super) present: u64,
     pub(super) protected: u64,
+    /// Known to be written. What is present and not protected counts as dirty as well.
     pub(super) dirty: u64,
     /// Of a leaf that is present: old. Of one that is not: dropped.
     pub(super) old: u64,
+}
+
+impl Quad {
+    /// Those that can be written without anybody seeing it.
+    pub(super) fn open(&self) -> u64 {
+        self.present & !self.protected
+    }
 }
 
 /// The same for a whole block.
@@ -27,6 +35,11 @@ pub(super) struct Planes {
 }
 
 impl Planes {
+    /// Present and not protected.
+    pub(super) fn open(&self) -> Leaves {
+        self.present & !self.protected
+    }
+
     fn change(&mut self, mask: &Leaves, change: &impl Fn(&mut Quad, u64)) {
         for word in 0..WORDS {
             if mask.0[word] == 0 {
@@ -88,6 +101,8 @@ pub struct Leaf {
     pub protected: bool,
     /// It was written, or can be without anybody seeing it, or its contents were dropped.
     pub dirty: bool,
+    /// It is dirty only because it can be written without anybody seeing it.
+    pub coarse: bool,
     /// It came along with another leaf, and nobody was seen to touch it. Only if it is present.
     pub old: bool,
     /// Its contents were dropped: it reads as zero, whatever it held before. Only if it is not present.
@@ -100,7 +115,7 @@ impl Leaf {
         Quad {
             present: word(self.present),
             protected: word(self.protected),
-            dirty: word(self.dirty),
+            dirty: word(self.dirty && !self.coarse),
             old: word(self.old || self.dropped),
         }
     }
@@ -111,7 +126,8 @@ impl Leaf {
         Leaf {
             present: flag(words.present),
             protected: flag(words.protected),
-            dirty: flag(words.dirty),
+            dirty: flag(words.dirty | words.open()),
+            coarse: flag(words.open() & !words.dirty),
             old: flag(words.old & words.present),
             dropped: flag(words.old & !words.present),
         }

@@ -73,14 +73,18 @@ fn page_op(page: &mut Leaf, op: &Op) {
                 present: true,
                 protected: how.protected,
                 dirty: page.dirty || !how.protected,
+                coarse: !page.dirty && !how.protected,
                 old: how.old,
                 dropped: false,
             };
         }
-        Op::Protect(_) => page.protected = page.present,
-        Op::Open(_) if page.present => (page.protected, page.dirty) = (false, true),
-        Op::Mark(_) => page.dirty = true,
-        Op::Clean(_) => (page.protected, page.dirty) = (page.present, false),
+        Op::Protect(_) => (page.protected, page.coarse) = (page.present, false),
+        Op::Open(_) if page.present => {
+            page.coarse |= !page.dirty;
+            (page.protected, page.dirty) = (false, true);
+        }
+        Op::Mark(_) => (page.dirty, page.coarse) = (true, false),
+        Op::Clean(_) => (page.protected, page.dirty, page.coarse) = (page.present, false, false),
         Op::Zap(_, contents) => {
             let dropped = page.dropped || contents == Contents::Dropped;
             let dirty = page.dirty || contents == Contents::Dropped;
@@ -95,9 +99,15 @@ fn apply(naive: &mut Naive, op: &Op) {
         Op::MapHuge(gfn, how) => {
             let block = gfn.block();
             if Naive::whole(block) && naive.block(block).iter().all(|page| !page.present) {
-                let dirty = !how.protected || naive.block(block).iter().any(|page| page.dirty);
-                let mapped =
-                    Leaf { present: true, protected: how.protected, dirty, old: how.old, dropped: false };
+                let written = naive.block(block).iter().any(|page| page.dirty);
+                let mapped = Leaf {
+                    present: true,
+                    protected: how.protected,
+                    dirty: written || !how.protected,
+                    coarse: !written && !how.protected,
+                    old: how.old,
+                    dropped: false,
+                };
                 naive.each(PageRange { start: Gfn(block * 512), pages: 512 }, |page| *page = mapped);
                 naive.huge[block as usize] = true;
             }
@@ -112,8 +122,9 @@ fn apply(naive: &mut Naive, op: &Op) {
             let alike = pages.iter().all(|page| page.present && page.protected == pages[0].protected);
             if alike {
                 let (dirty, old) = (pages.iter().any(|page| page.dirty), pages.iter().all(|page| page.old));
+                let coarse = dirty && pages.iter().all(|page| page.coarse);
                 naive.each(PageRange { start: Gfn(block * 512), pages: 512 }, |page| {
-                    (page.dirty, page.old) = (dirty, old);
+                    (page.dirty, page.coarse, page.old) = (dirty, coarse, old);
                 });
                 naive.huge[block as usize] = true;
             }
@@ -130,7 +141,7 @@ fn apply(naive: &mut Naive, op: &Op) {
         }
         Op::Harvest => naive.each(FRAMES, |page| {
             if page.dirty {
-                (page.protected, page.dirty) = (page.present, false);
+                (page.protected, page.dirty, page.coarse) = (page.present, false, false);
             }
         }),
         Op::Map(range, _)
@@ -227,6 +238,7 @@ fn compare(stage2: &Stage2, naive: &mut Naive) -> Result<(), TestCaseError> {
             present: block.present().contains(leaf),
             protected: block.protected().contains(leaf),
             dirty: block.dirty().contains(leaf),
+            coarse: block.coarse().contains(leaf),
             old: block.old().contains(leaf),
             dropped: block.dropped().contains(leaf),
         };
@@ -293,7 +305,9 @@ fn what_was_filled_in_advance_is_enough_for_one_transition() {
     block.map_huge(Mapping { protected: true, old: false }).unwrap();
     block.open(&Leaves::one(7), &mut spare).unwrap();
     assert_eq!(block.kind(), Kind::Split);
-    assert_eq!(block.dirty(), Leaves::one(7));
+    assert_eq!((block.dirty(), block.coarse()), (Leaves::one(7), Leaves::one(7)));
+    block.mark(&Leaves::one(7), &mut spare).unwrap();
+    assert_eq!((block.dirty(), block.coarse()), (Leaves::one(7), Leaves::NONE));
     assert_eq!(block.protected(), !Leaves::one(7));
     assert_eq!(block.collapse(), Err(NotHuge::Protection));
     block.open(&Leaves::ALL, &mut spare).unwrap();

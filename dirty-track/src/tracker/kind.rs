@@ -24,6 +24,8 @@ pub enum Kind {
     UffdSync,
     /// userfaultfd write protection, resolved by the kernel and read back with PAGEMAP_SCAN.
     UffdAsync,
+    /// By who serves the faults of guest memory: see [`FaultTracker`](crate::fault::FaultTracker).
+    UffdServe,
     /// KVM's log and userfaultfd together: no page is reported because it was read.
     Exact,
 }
@@ -62,13 +64,14 @@ pub struct HostFacts {
 
 impl Kind {
     /// All of them, the simplest first.
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 8] = [
         Kind::None,
         Kind::KvmBitmap,
         Kind::KvmManual,
         Kind::KvmRing,
         Kind::UffdSync,
         Kind::UffdAsync,
+        Kind::UffdServe,
         Kind::Exact,
     ];
 
@@ -81,6 +84,7 @@ impl Kind {
             Kind::KvmRing => "kvm-ring",
             Kind::UffdSync => "uffd-sync",
             Kind::UffdAsync => "uffd-async",
+            Kind::UffdServe => "uffd-serve",
             Kind::Exact => "exact",
         }
     }
@@ -88,7 +92,7 @@ impl Kind {
     /// What its harvests can be relied on for over memory of `backing`, as the tracker is made by default.
     pub const fn guarantees(self, backing: Backing) -> Guarantees {
         let tracks = !matches!(self, Kind::None);
-        let protects = matches!(self, Kind::UffdSync | Kind::UffdAsync | Kind::Exact);
+        let protects = matches!(self, Kind::UffdSync | Kind::UffdAsync | Kind::UffdServe | Kind::Exact);
         let granularity = match backing {
             Backing::Hugetlb(size) if protects => size,
             _ => PageSize::K4,
@@ -97,7 +101,7 @@ impl Kind {
         // a huge mapping as it is, and the first write splits it.
         let keeps_huge = match self {
             Kind::None => true,
-            Kind::UffdSync | Kind::UffdAsync => !matches!(backing, Backing::Shared),
+            Kind::UffdSync | Kind::UffdAsync | Kind::UffdServe => !matches!(backing, Backing::Shared),
             Kind::KvmBitmap | Kind::KvmManual | Kind::KvmRing | Kind::Exact => false,
         };
         Guarantees {
@@ -120,18 +124,25 @@ impl Kind {
                 Some("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Linux 5.2)")
             }
             Kind::KvmRing if host.ring_bytes == 0 => Some("KVM_CAP_DIRTY_LOG_RING (Linux 5.11)"),
-            Kind::UffdSync | Kind::UffdAsync | Kind::Exact if !host.uffd_wp => Some(
+            Kind::UffdSync | Kind::UffdAsync | Kind::UffdServe | Kind::Exact if !host.uffd_wp => Some(
                 "userfaultfd for this user: run as root, or set the sysctl vm.unprivileged_userfaultfd to 1",
             ),
-            Kind::UffdSync | Kind::UffdAsync | Kind::Exact if !host.uffd_wp_unpopulated => {
+            Kind::UffdSync | Kind::UffdAsync | Kind::UffdServe | Kind::Exact if !host.uffd_wp_unpopulated => {
                 Some("UFFD_FEATURE_WP_UNPOPULATED (Linux 6.4)")
             }
             Kind::UffdAsync | Kind::Exact if !host.uffd_wp_async => Some("UFFD_FEATURE_WP_ASYNC (Linux 6.7)"),
-            Kind::UffdAsync | Kind::Exact if !host.pagemap_scan => Some("the ioctl PAGEMAP_SCAN (Linux 6.7)"),
+            Kind::UffdAsync | Kind::UffdServe | Kind::Exact if !host.pagemap_scan => {
+                Some("the ioctl PAGEMAP_SCAN (Linux 6.7)")
+            }
             Kind::Exact if host.manual_protect & 1 == 0 => {
                 Some("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (Linux 5.2)")
             }
-            Kind::KvmManual | Kind::KvmRing | Kind::UffdSync | Kind::UffdAsync | Kind::Exact => None,
+            Kind::KvmManual
+            | Kind::KvmRing
+            | Kind::UffdSync
+            | Kind::UffdAsync
+            | Kind::UffdServe
+            | Kind::Exact => None,
         }
     }
 
@@ -159,6 +170,9 @@ impl Kind {
                 "loses writes of the guest's kernel on this host, which emulates it in batches: for ring 3 only",
             ),
             Kind::UffdSync => Some("each first write waits for a thread of the monitor"),
+            Kind::UffdServe => {
+                Some("for memory whose faults the monitor serves; each waits for a thread of it")
+            }
             _ => None,
         }
     }
@@ -173,7 +187,7 @@ impl fmt::Display for Kind {
 /// There is no tracker of that name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "there is no tracker '{0}' (there are none, kvm-bitmap, kvm-manual, kvm-ring, uffd-sync, uffd-async and exact)"
+    "there is no tracker '{0}' (there are none, kvm-bitmap, kvm-manual, kvm-ring, uffd-sync, uffd-async, uffd-serve and exact)"
 )]
 pub struct UnknownKind(String);
 

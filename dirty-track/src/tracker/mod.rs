@@ -30,7 +30,7 @@ mod sim;
 mod slot;
 pub mod uffd_async;
 pub mod uffd_sync;
-mod wp_slot;
+pub(crate) mod wp_slot;
 
 pub use exact::Exact;
 pub use harvest::{Harvest, SlotSet};
@@ -45,6 +45,7 @@ pub use uffd_sync::UffdSync;
 use vmm_sys_util::errno;
 
 use crate::addr::{PageRange, PageSize};
+use crate::fault::FaultError;
 use crate::sys::uffd::UffdError;
 
 /// A way of knowing which pages of a virtual machine were written.
@@ -279,9 +280,21 @@ pub enum TrackerError {
     /// The thread that resolves write faults could not be started.
     #[error("cannot start the thread that resolves write faults: {0}")]
     Handler(std::io::Error),
+    /// Faults cannot be served such that writes are seen.
+    #[error(transparent)]
+    Serve(#[from] Box<FaultError>),
     /// That thread could not open a page for somebody who waits to write to it, and tries again.
     #[error("cannot lift the write-protection of a page: {0}")]
     Resolve(errno::Error),
+}
+
+impl From<FaultError> for TrackerError {
+    fn from(error: FaultError) -> TrackerError {
+        match error {
+            FaultError::Slots(error) => error,
+            error => TrackerError::Serve(Box::new(error)),
+        }
+    }
 }
 
 /// What to make of an error of UFFDIO_REGISTER.

@@ -48,6 +48,17 @@ impl Backing {
     /// A machine over such memory, all of it touched; or `None`, and a line on the terminal that says why `test` is
     /// skipped for this backing.
     pub(crate) fn machine(self, kvm: &Kvm, test: &str) -> Option<Backed> {
+        let backed = self.untouched(kvm, test)?;
+        for slot in &backed.machine.slots {
+            let (start, len) = (slot.hva() as *mut libc::c_void, slot.len() as usize);
+            // SAFETY: the range is a slot's own mapping, which is populated, and keeps its contents.
+            assert_eq!(unsafe { libc::madvise(start, len, libc::MADV_POPULATE_WRITE) }, 0);
+        }
+        Some(backed)
+    }
+
+    /// The same, nothing of it touched.
+    pub(crate) fn untouched(self, kvm: &Kvm, test: &str) -> Option<Backed> {
         let pool = match self {
             Backing::Hugetlb => match Pool::grow(SLOTS.iter().map(|(_, pages)| pages / 512).sum()) {
                 Ok(pool) => Some(pool),
@@ -72,12 +83,9 @@ impl Backing {
                 Backing::Thp | Backing::HugeMemfd => Some(libc::MADV_HUGEPAGE),
                 Backing::Hugetlb => None,
             };
-            // SAFETY: the range is a slot's own mapping; neither advice changes its contents.
-            unsafe {
-                // A kernel without huge pages refuses advice about them, and has small ones.
-                advice.map(|advice| libc::madvise(start, len, advice));
-                assert_eq!(libc::madvise(start, len, libc::MADV_POPULATE_WRITE), 0);
-            }
+            // SAFETY: the range is a slot's own mapping; neither advice changes its contents. A kernel without huge
+            // pages refuses advice about them, and has small ones.
+            advice.map(|advice| unsafe { libc::madvise(start, len, advice) });
         }
         Some(Backed { machine, guest, _pool: pool })
     }

@@ -103,6 +103,11 @@ impl Machine {
         (machine, writers.remove(0))
     }
 
+    /// A machine with `cpus` vCPUs.
+    pub(crate) fn with_vcpus(kvm: &Kvm, slots: &[(Gfn, u64)], cpus: u64) -> (Machine, Vec<Writer>) {
+        Machine::build(kvm, kvm.create_vm().unwrap().into(), slots, cpus, None, || None)
+    }
+
     /// The same with `cpus` vCPUs, each of which has a dirty ring of `entries`. None, and a line on the terminal
     /// that says that `test` is skipped, on a host without rings.
     pub(crate) fn with_rings(

@@ -4,6 +4,7 @@ mod allocation;
 mod backing;
 mod copy;
 mod host_map;
+mod fault;
 mod logs;
 mod machine;
 mod mapping;

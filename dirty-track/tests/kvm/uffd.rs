@@ -3,9 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use dirty_track::addr::{Gfn, PAGE_SIZE, PageSize};
+use dirty_track::fault::{Config, FaultTracker, Server, Source};
 use dirty_track::tracker::{Exact, Tracker, TrackerError, UffdAsync, UffdSync};
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
@@ -17,10 +18,14 @@ use crate::machine::{MAX_STORES, Machine, frames, kvm, skip};
 /// How a test makes its tracker.
 type Make = fn(&Machine) -> Result<Box<dyn Tracker>, TrackerError>;
 
-const TRACKERS: [(&str, PageSize, Make); 4] = [
+const TRACKERS: [(&str, PageSize, Make); 5] = [
     ("uffd-async", PageSize::K4, |machine| Ok(Box::new(UffdAsync::new(machine.slots.clone())?))),
     ("uffd-sync", PageSize::K4, |machine| Ok(Box::new(UffdSync::new(machine.slots.clone(), PageSize::K4)?))),
     ("uffd-sync", PageSize::M2, |machine| Ok(Box::new(UffdSync::new(machine.slots.clone(), PageSize::M2)?))),
+    ("uffd-serve", PageSize::K4, |machine| {
+        let slots = machine.slots.iter().map(|slot| (slot.clone(), Source::Zero)).collect();
+        Ok(Box::new(FaultTracker::new(Arc::new(Server::start(slots, Config::default())?))))
+    }),
     ("exact", PageSize::K4, |machine| Ok(Box::new(Exact::new(machine.vm.clone(), machine.slots.clone())?))),
 ];
 
@@ -250,6 +255,12 @@ fn arming_begins_anew_and_disarming_leaves_nothing_protected() {
 fn two_trackers_over_the_same_memory_are_an_error_that_says_so() {
     let test = "uffd::two_trackers_over_the_same_memory_are_an_error_that_says_so";
     everywhere(test, |backed, tracker, _| {
+        if tracker.name() == "uffd-serve" {
+            // Its memory is registered for as long as its faults are served.
+            let mut other = UffdAsync::new(backed.machine.slots.clone()).unwrap();
+            assert!(matches!(other.arm(), Err(TrackerError::Register { slot: 1, on: true, .. })));
+            return;
+        }
         let mut other = UffdAsync::new(backed.machine.slots.clone()).unwrap();
         tracker.arm().unwrap();
         let error = other.arm().unwrap_err();

@@ -39,15 +39,6 @@ const PROTECTED: u64 = 2;
 /// `UFFDIO_WRITEPROTECT_MODE_DONTWAKE`.
 const OPEN_DONT_WAKE: u64 = 2;
 
-/// Which faults are reported besides writes to protected pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Absence {
-    /// Of pages that are nowhere.
-    Missing,
-    /// Of pages that the mapped file has in its cache. The kernel itself fills holes of the file with zeros.
-    Minor,
-}
-
 /// How far a call got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -65,7 +56,8 @@ impl Progress {
         Progress { pages: (bytes.max(0) as u64 >> PAGE_SHIFT) as usize, error }
     }
 
-    const REFUSED: Progress = Progress { pages: 0, error: Some(libc::EINVAL) };
+    /// Nothing was done, for the arguments cannot be.
+    pub(crate) const REFUSED: Progress = Progress { pages: 0, error: Some(libc::EINVAL) };
 }
 
 /// The addresses of `pages` of `slot`, if it has them all.
@@ -76,16 +68,15 @@ fn range(slot: &Slot, pages: &Range<usize>) -> Option<uffdio_range> {
 }
 
 impl Uffd {
-    /// Registers all of `slot` for write-protection and for one kind of absence.
+    /// Registers all of `slot` for write-protection and for faults of pages that are nowhere; if it maps a `file`,
+    /// of tmpfs or hugetlb, also for faults of pages that the file's cache has and only the mapping has not.
     ///
     /// # Errors
-    /// As for [`register`](Uffd::register); `EINVAL` also for `Minor` faults of memory that is no shared memory.
-    pub fn register_slot(&self, slot: &Slot, absence: Absence) -> Result<(), errno::Error> {
-        let absence = match absence {
-            Absence::Missing => UFFDIO_REGISTER_MODE_MISSING,
-            Absence::Minor => UFFDIO_REGISTER_MODE_MINOR,
-        };
-        self.register_for(slot.hva(), slot.len(), absence | UFFDIO_REGISTER_MODE_WP)
+    /// As for [`register`](Uffd::register).
+    pub fn register_slot(&self, slot: &Slot, file: bool) -> Result<(), errno::Error> {
+        let minor = if file { UFFDIO_REGISTER_MODE_MINOR } else { 0 };
+        let mode = UFFDIO_REGISTER_MODE_MISSING | minor | UFFDIO_REGISTER_MODE_WP;
+        self.register_for(slot.hva(), slot.len(), mode)
     }
 
     /// Fills `pages` of `slot` with what is in `from`, which has as many.

@@ -1,0 +1,233 @@
+//! The server as a tracker: what was opened since the last harvest is what was written.
+//!
+//! It is exact where the [policy of splitting](crate::fault::Split) is: a write to a protected page is a fault, and
+//! pages that are installed are protected from the start, those that come along with another included. No second
+//! userfaultfd can be registered over memory whose faults are served, so this is the tracker to take there.
+//!
+//! # Why no write is lost
+//! What is present and not protected is dirty in the [record](crate::stage2); a handler opens and records, and a
+//! harvest takes and protects, with the block held. A harvest finds blocks by a bit that is set before anything of
+//! them is opened. So a write that was complete before the harvest began went through a page that the harvest takes;
+//! and one that comes after its block's turn sleeps until a handler has recorded it for the next.
+//!
+//! Contents that are dropped are dirty. The news of it comes *before* the drop: a page that is dropped and still
+//! mapped when a harvest looks stays dirty for the next.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use vmm_sys_util::errno;
+
+use crate::addr::PageSize;
+use crate::fault::serve::{Kernel, Pager};
+use crate::fault::{FaultError, Server, Split};
+use crate::stage2::{Block, Leaves, Spare};
+use crate::tracker::harvest::OwedSet;
+use crate::tracker::uffd_async::guarantees;
+use crate::tracker::wp_slot::masks;
+use crate::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
+
+/// Mappings that change are a matter of microseconds, unless the handlers have no time to read of it.
+const ATTEMPTS: usize = 1000;
+const BETWEEN_ATTEMPTS: Duration = Duration::from_micros(100);
+
+/// The tracker; see the [module](self).
+#[derive(Debug)]
+pub struct FaultTracker {
+    server: Arc<Server>,
+    owed: OwedSet,
+    armed: bool,
+}
+
+impl FaultTracker {
+    /// A tracker of all memory whose faults `server` serves. It is not armed yet.
+    pub fn new(server: Arc<Server>) -> FaultTracker {
+        let slots: Vec<_> = server.slots().iter().map(|slot| slot.slot().clone()).collect();
+        let mut owed = OwedSet::new(&slots);
+        owed.allow_coarse();
+        FaultTracker { server, owed, armed: false }
+    }
+
+    fn stop_host_writes(&self) {
+        self.server.slots().iter().for_each(|slot| slot.slot().host_writes().stop());
+    }
+
+    fn collect(&mut self) -> Result<(), FaultError> {
+        for (index, slot) in self.server.slots().iter().enumerate() {
+            let owed = self.owed.slot(index);
+            slot.take_host_writes(PageSize::K4, |word, bits| owed.add_host(word, bits));
+        }
+        let owed = &mut self.owed;
+        self.server.pager().harvest(&mut Spare::default(), |index, block, dirty, coarse| {
+            let owed = owed.slot(index);
+            let start = owed.frames().start;
+            let pages = |run: Range<usize>| {
+                let first = (block.frames(run.clone()).start.0 - start.0) as usize;
+                first..first + run.len()
+            };
+            for run in (dirty & !coarse).runs() {
+                masks(pages(run), |word, bits| owed.add(word, bits));
+            }
+            for run in coarse.runs() {
+                masks(pages(run), |word, bits| owed.add_coarse(word, bits));
+            }
+        })
+    }
+}
+
+impl Tracker for FaultTracker {
+    fn name(&self) -> &'static str {
+        Kind::UffdServe.name()
+    }
+
+    fn guarantees(&self) -> Guarantees {
+        let guarantees = guarantees(Kind::UffdServe, self.server.slots());
+        let unit = match self.server.policies().split {
+            Split::Leaf => PageSize::K4,
+            Split::Block | Split::Adaptive(_) => PageSize::M2,
+        };
+        Guarantees {
+            granularity: guarantees.granularity.max(unit),
+            may_report_reads: self.server.moves(),
+            ..guarantees
+        }
+    }
+
+    fn arm(&mut self) -> Result<(), TrackerError> {
+        if self.armed {
+            return Err(TrackerError::AlreadyArmed);
+        }
+        self.server.slots().iter().for_each(|slot| slot.slot().host_writes().start());
+        match self.server.pager().track() {
+            Ok(()) => self.armed = true,
+            Err(error) => {
+                self.stop_host_writes();
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn harvest(&mut self) -> Result<Harvest<'_>, TrackerError> {
+        if !self.armed {
+            return Err(TrackerError::NotArmed);
+        }
+        self.collect()?;
+        Ok(self.owed.lend())
+    }
+
+    fn disarm(&mut self) -> Result<(), TrackerError> {
+        if !self.armed {
+            return Err(TrackerError::NotArmed);
+        }
+        self.server.pager().untrack()?;
+        self.stop_host_writes();
+        self.owed.clear();
+        self.armed = false;
+        Ok(())
+    }
+}
+
+impl Drop for FaultTracker {
+    fn drop(&mut self) {
+        if self.armed {
+            // Nobody is left to tell.
+            let _ = self.disarm();
+        }
+    }
+}
+
+impl<K: Kernel> Pager<K> {
+    /// From now on every first write is seen. What was written before is forgotten.
+    pub(super) fn track(&self) -> Result<(), FaultError> {
+        if self.track.swap(true, Ordering::AcqRel) {
+            return Err(TrackerError::AlreadyArmed.into());
+        }
+        let mut spare = Spare::default();
+        let outcome = patiently(|| {
+            self.each_block(|index, block| {
+                spare.fill()?;
+                let open = block.present() & !block.protected();
+                self.protect(block, index, &open)?;
+                block.clean(&block.own(), &mut spare)?;
+                Ok(())
+            })
+        });
+        outcome.inspect_err(|_| self.track.store(false, Ordering::Release))
+    }
+
+    /// Writes need not be seen any more, but for those to old pages.
+    pub(super) fn untrack(&self) -> Result<(), FaultError> {
+        let mut spare = Spare::default();
+        self.track.store(false, Ordering::Release);
+        let outcome = patiently(|| {
+            self.each_block(|index, block| {
+                spare.fill()?;
+                let closed = block.protected() & !block.old();
+                block.announce();
+                for run in closed.runs() {
+                    let pages = self.slots[index].pages(block.first(), &run);
+                    let range = block.frames(run);
+                    self.kernel.open(index, pages).map_err(|source| FaultError::Protect { range, source })?;
+                }
+                Ok(block.open(&closed, &mut spare)?)
+            })
+        });
+        // Tracked still: what is protected is seen, and what is installed is to be as well.
+        outcome.inspect_err(|_| self.track.store(true, Ordering::Release))
+    }
+
+    /// Takes the leaves that are dirty, protects them, and hands each block's to `take`, those that are coarse a second
+    /// time by themselves. What it has handed out it does not hand out again, even if it fails.
+    pub(super) fn harvest(
+        &self,
+        spare: &mut Spare,
+        mut take: impl FnMut(usize, &Block<'_>, Leaves, Leaves),
+    ) -> Result<(), FaultError> {
+        patiently(|| {
+            self.stage2.each_dirty(|block| {
+                spare.fill()?;
+                let Some(index) = self.slot_of(block) else { return Ok(()) };
+                let (mut dirty, mut coarse) = (block.dirty(), block.coarse());
+                if self.slots[index].huge {
+                    coarse = if dirty == coarse { block.own() } else { Leaves::NONE };
+                    dirty = block.own();
+                }
+                self.protect(block, index, &(dirty & block.present()))?;
+                let dropped = dirty & block.dropped();
+                let still = match dropped.is_empty() {
+                    true => Leaves::NONE,
+                    false => self.seen(block, index)?.present & dropped,
+                };
+                take(index, block, dirty, coarse);
+                block.clean(&(dirty & !still), spare)?;
+                Ok(())
+            })
+        })
+    }
+
+    fn protect(&self, block: &Block<'_>, index: usize, leaves: &Leaves) -> Result<(), FaultError> {
+        for run in leaves.runs() {
+            let pages = self.slots[index].pages(block.first(), &run);
+            let range = block.frames(run);
+            self.kernel.protect(index, pages).map_err(|source| FaultError::Protect { range, source })?;
+        }
+        Ok(())
+    }
+}
+
+/// Tries again as long as mappings change. A handler has to read of it first, and may be waiting for a block: nothing
+/// is held meanwhile.
+fn patiently(mut attempt: impl FnMut() -> Result<(), FaultError>) -> Result<(), FaultError> {
+    let changing = |error: &FaultError| matches!(error, FaultError::Protect { source, .. } if *source == errno::Error::new(libc::EAGAIN));
+    for _ in 1..ATTEMPTS {
+        match attempt() {
+            Err(error) if changing(&error) => thread::sleep(BETWEEN_ATTEMPTS),
+            outcome => return outcome,
+        }
+    }
+    attempt()
+}
