@@ -62,6 +62,7 @@ impl<K: Kernel> Pager<K> {
     /// In what the record and the kernel disagree, block by block.
     pub(super) fn check(&self) -> Result<Vec<Disagreement>, FaultError> {
         let mut found = Vec::new();
+        drop(self.news());
         self.each_block(|index, block| {
             found.extend(block.differences(&self.seen(block, index)?));
             Ok(())

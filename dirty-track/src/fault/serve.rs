@@ -12,8 +12,8 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use vmm_sys_util::errno;
 
@@ -91,6 +91,10 @@ pub(super) struct Pager<K> {
     /// Every first write is to be seen. Read with a block held; set before all blocks are protected one by one: so
     /// whoever installs pages in a block has either seen it, or has that block protected after it.
     pub(super) track: AtomicBool,
+    /// Held alone from before messages are read until what they say was dropped is recorded, and shared while pages are
+    /// installed. Whoever drops memory goes on as soon as the message is read: so what was planned before is installed
+    /// before the drop, and what is installed after it was planned with the knowledge of it. Taken before any block.
+    pub(super) news: RwLock<()>,
     pub(super) counters: Counters,
 }
 
@@ -131,6 +135,18 @@ impl<K: Kernel> Pager<K> {
         Some((index, Gfn(slot.frames.start.0 + (address - slot.hva) / crate::addr::PAGE_SIZE)))
     }
 
+    /// Nothing is dropped of which nobody has heard as long as the guard lives.
+    fn no_news(&self) -> RwLockReadGuard<'_, ()> {
+        // It guards no data that a panic could leave half-changed.
+        self.news.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be held while messages are read, and what they say is recorded. Who has held it knows that whatever was
+    /// dropped before is recorded.
+    pub(super) fn news(&self) -> RwLockWriteGuard<'_, ()> {
+        self.news.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Somebody sleeps at `address`. When this returns they are awake, or an error says why they are not: then it is
     /// to be called again, or they are to be woken to fault anew.
     pub(super) fn serve(&self, worker: &mut Worker, address: u64, cause: Cause) -> Result<(), FaultError> {
@@ -149,6 +165,7 @@ impl<K: Kernel> Pager<K> {
         worker.fetched = Leaves::NONE;
         loop {
             worker.spare.fill()?;
+            let no_news = self.no_news();
             let Some(mut block) = self.stage2.block(gfn) else { return Ok(()) };
             let recorded = match policies.prefault {
                 Prefault::Recorded => self.working_set.leaves(&block),
@@ -158,19 +175,19 @@ impl<K: Kernel> Pager<K> {
             match plan(&view, leaf, cause, &policies) {
                 Plan::Open(leaves) => {
                     let (end, wake) = self.open(worker, &mut block, index, leaf, leaves)?;
-                    drop(block);
+                    drop((block, no_news));
                     return self.wake(index, gfn, wake | Leaves::one(leaf), end);
                 }
                 Plan::Install(install) if slot.has_at_hand(worker, &install) => {
                     let (end, done) = self.install(worker, &mut block, index, Some(leaf), &install)?;
-                    drop(block);
+                    drop((block, no_news));
                     let outcome = self.wake(index, gfn, done | Leaves::one(leaf), end);
                     self.cool(index, gfn, &(done & !Leaves::one(leaf)));
                     return outcome;
                 }
                 Plan::Install(install) => {
                     let (first, alone) = (block.first(), install.filled == Leaves::one(leaf));
-                    drop(block);
+                    drop((block, no_news));
                     match worker.fetch(slot, first, &install.filled) {
                         Ok(()) => {}
                         // A neighbour that cannot be had is no reason to let the guest wait.
@@ -188,6 +205,7 @@ impl<K: Kernel> Pager<K> {
         worker.fetched = Leaves::NONE;
         loop {
             worker.spare.fill()?;
+            let no_news = self.no_news();
             let Some(mut block) = self.stage2.block(gfn) else { return Ok(()) };
             let filled = block.own() & !block.present() & !block.dropped();
             if filled.is_empty() {
@@ -205,12 +223,12 @@ impl<K: Kernel> Pager<K> {
             };
             if !slot.has_at_hand(worker, &install) {
                 let first = block.first();
-                drop(block);
+                drop((block, no_news));
                 worker.fetch(slot, first, &filled).map_err(|source| FaultError::Fetch { gfn, source })?;
                 continue;
             }
             let (end, done) = self.install(worker, &mut block, index, None, &install)?;
-            drop(block);
+            drop((block, no_news));
             let outcome = self.wake(index, gfn, done, end);
             if end != End::Again {
                 return outcome;

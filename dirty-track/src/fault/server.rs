@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -123,6 +123,7 @@ impl Server {
             policies,
             working_set,
             track: AtomicBool::new(false),
+            news: RwLock::new(()),
             counters: Default::default(),
         };
         let shared = Arc::new(Shared { pager, failure: Mutex::new(None) });
@@ -179,7 +180,8 @@ impl Server {
         self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// In what the record and the kernel disagree. Each block is looked at while nobody changes it.
+    /// In what the record and the kernel disagree. Each block is looked at while no handler changes it; what the host
+    /// itself is dropping at this moment may be mapped for a little longer than it is recorded.
     ///
     /// # Errors
     /// [`FaultError::Look`].
@@ -306,7 +308,7 @@ impl Shared {
                 Ok(Wait::Faults) => {}
                 Err(error) => self.failed(FaultError::Read(error)),
             }
-            if let Err(error) = pager.kernel.uffd.messages(&mut messages) {
+            if let Err(error) = self.listen(&mut worker, &mut messages) {
                 self.failed(FaultError::Read(error));
                 thread::sleep(AFTER_ERROR);
             }
@@ -314,9 +316,11 @@ impl Shared {
         }
     }
 
-    fn batch(&self, worker: &mut Worker, messages: &mut Vec<Message>) {
-        // News first: as long as it is not read the kernel refuses to fill anything, and what is dropped must be known
-        // before it is filled again.
+    /// Reads what there is to read, and records what is dropped: as long as that is not read the kernel refuses to fill
+    /// anything, and it must be known before it is filled again.
+    fn listen(&self, worker: &mut Worker, messages: &mut Vec<Message>) -> io::Result<()> {
+        let _news = self.pager.news();
+        let outcome = self.pager.kernel.uffd.messages(messages);
         for message in &*messages {
             let outcome = match message {
                 Message::Fault { .. } => Ok(()),
@@ -328,6 +332,10 @@ impl Shared {
             };
             outcome.unwrap_or_else(|error| self.failed(error));
         }
+        outcome
+    }
+
+    fn batch(&self, worker: &mut Worker, messages: &mut Vec<Message>) {
         // Sleepers at the same page are woken together, so one message is enough.
         let mut faults: Vec<_> = messages
             .drain(..)

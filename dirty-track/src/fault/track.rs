@@ -11,7 +11,8 @@
 //! and one that comes after its block's turn sleeps until a handler has recorded it for the next.
 //!
 //! Contents that are dropped are dirty. The news of it comes *before* the drop: a page that is dropped and still
-//! mapped when a harvest looks stays dirty for the next.
+//! mapped when a harvest looks stays dirty for the next. (Not so for what is dropped from a file and was not mapped: who
+//! punches holes into a file that others read meanwhile marks them as host writes.)
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -147,6 +148,7 @@ impl<K: Kernel> Pager<K> {
             return Err(TrackerError::AlreadyArmed.into());
         }
         let mut spare = Spare::default();
+        drop(self.news());
         let outcome = patiently(|| {
             self.each_block(|index, block| {
                 spare.fill()?;
@@ -187,6 +189,8 @@ impl<K: Kernel> Pager<K> {
         spare: &mut Spare,
         mut take: impl FnMut(usize, &Block<'_>, Leaves, Leaves),
     ) -> Result<(), FaultError> {
+        // What was dropped before this call is recorded after it.
+        drop(self.news());
         patiently(|| {
             self.stage2.each_dirty(|block| {
                 spare.fill()?;

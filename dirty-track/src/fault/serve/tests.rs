@@ -233,6 +233,7 @@ impl World {
                 policies,
                 working_set,
                 track: AtomicBool::new(false),
+                news: RwLock::new(()),
                 counters: Counters::default(),
             },
             worker: Worker::default(),
