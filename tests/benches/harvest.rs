@@ -99,7 +99,7 @@ fn turns(cmdline: &str, passes: usize) -> (Vec<Turn>, Vec<Turn>) {
         };
         *last = Some((Instant::now(), begin.elapsed(), pages));
     };
-    let memory = MemoryConfig { size: 1 << 30, huge: HugePages::Thp, shared: false };
+    let memory = MemoryConfig { size: 1 << 30, huge: HugePages::Thp, ..MemoryConfig::default() };
     let mut config = config(&format!("{cmdline} passes=0 barrier=on"), 1, memory);
     config.doorman = Some(Arc::new(doorman));
     let machine = Machine::new(config).unwrap();

@@ -7,6 +7,7 @@ use dirty_track::addr::{Gfn, PAGE_SIZE, PageRange};
 use dirty_track::conformance::{self, Page, Subject, SubjectError};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::boot::Kernel;
+use vmm::fault::FaultConfig;
 use vmm::ledger::Ledger;
 use vmm::machine::{Machine, MachineConfig, Paused};
 use vmm::memory::MemoryConfig;
@@ -32,6 +33,7 @@ pub fn config(cmdline: &str, cpus: u8, memory: MemoryConfig) -> MachineConfig {
         console: Box::new(io::sink()),
         timing: Timing::start(),
         doorman: None,
+        fault: FaultConfig::default(),
         dirty_ring: None,
     }
 }

@@ -12,7 +12,7 @@ use tests::hugetlb::Reserved;
 use tests::{e2e, skip, virtio_disk};
 use vmm::host;
 use vmm::machine::open_kvm;
-use vmm::memory::{HugePages, MemoryConfig};
+use vmm::memory::{Faults, HugePages, MemoryConfig};
 use vmm::track::{TrackConfig, backing, facts};
 
 const MIB: u64 = 1 << 20;
@@ -20,8 +20,15 @@ const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 64 * MIB;
 
 /// The trackers that track.
-const TRACKERS: [Kind; 6] =
-    [Kind::KvmBitmap, Kind::KvmManual, Kind::KvmRing, Kind::UffdSync, Kind::UffdAsync, Kind::Exact];
+const TRACKERS: [Kind; 7] = [
+    Kind::KvmBitmap,
+    Kind::KvmManual,
+    Kind::KvmRing,
+    Kind::UffdSync,
+    Kind::UffdAsync,
+    Kind::UffdServe,
+    Kind::Exact,
+];
 
 /// A guest's command line and the machine around it.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +63,8 @@ const RING_ENTRIES: u32 = 1024;
 /// Runs `case` and says what came of it. `track` names a tracker.
 fn run(case: &Case, track: &TrackConfig, plan: &Plan) -> Result<Report, Box<dyn std::error::Error>> {
     let kind = track.kind.expect("the tracker is named");
-    let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared };
+    let fault = if kind == Kind::UffdServe { Faults::Uffd } else { Faults::Kernel };
+    let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared, fault };
     let cmdline = format!("{} passes=0 verify=on", case.cmdline);
     let mut config = config(&cmdline, case.cpus, memory);
     config.dirty_ring = (kind == Kind::KvmRing).then_some(RING_ENTRIES);
@@ -161,6 +169,11 @@ fn uffd_async_conforms() {
 }
 
 #[test]
+fn uffd_serve_conforms() {
+    conforms(Kind::UffdServe);
+}
+
+#[test]
 fn exact_conforms() {
     conforms(Kind::Exact);
 }
@@ -258,7 +271,7 @@ fn faults_are_found() {
         return skip::skip("faults_are_found", &error.to_string());
     }
     let broken = |workload: &str, fault: Fault, plan: Plan| {
-        let memory = MemoryConfig { size: MEMORY, huge: HugePages::Thp, shared: false };
+        let memory = MemoryConfig { size: MEMORY, huge: HugePages::Thp, ..MemoryConfig::default() };
         let machine = start(config(&format!("{workload} region=32M passes=0"), 1, memory));
         let mut tracker =
             Faulty { inner: machine.tracker(Kind::KvmManual, &TrackConfig::default()).unwrap(), fault };

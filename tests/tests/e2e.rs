@@ -36,7 +36,7 @@ fn no_kvm(test: &str) -> bool {
 }
 
 fn config(cmdline: &str, cpus: u8, size: u64, huge: HugePages) -> MachineConfig {
-    tests::conformance::config(cmdline, cpus, MemoryConfig { size, huge, shared: false })
+    tests::conformance::config(cmdline, cpus, MemoryConfig { size, huge, ..MemoryConfig::default() })
 }
 
 /// Runs the guest for `epochs` epochs of at least `accesses` accesses each, and returns how each compares with

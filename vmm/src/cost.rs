@@ -15,8 +15,9 @@ use dirty_track::tracker::{Kind, Tracker};
 use guest::abi::Doorbell;
 
 use crate::boot::Kernel;
+use crate::fault::FaultConfig;
 use crate::machine::{Machine, MachineConfig, MachineError};
-use crate::memory::{HugePages, MemoryConfig};
+use crate::memory::{Faults, HugePages, MemoryConfig};
 use crate::timing::Timing;
 use crate::track::TrackConfig;
 
@@ -81,8 +82,9 @@ pub fn measure(kind: Kind, config: &TrackConfig) -> Result<Option<FaultCost>, Ma
             }
         };
     };
+    let fault = if kind == Kind::UffdServe { Faults::Uffd } else { Faults::Kernel };
     let machine = Machine::new(MachineConfig {
-        memory: MemoryConfig { size: 32 << 20, huge: HugePages::None, shared: false },
+        memory: MemoryConfig { size: 32 << 20, huge: HugePages::None, fault, ..MemoryConfig::default() },
         cpus: 1,
         kernel: Kernel::BuiltIn,
         initrd: None,
@@ -92,6 +94,7 @@ pub fn measure(kind: Kind, config: &TrackConfig) -> Result<Option<FaultCost>, Ma
         console: Box::new(io::sink()),
         timing: Timing::start(),
         doorman: Some(Arc::new(doorman)),
+        fault: FaultConfig::default(),
         dirty_ring: (kind == Kind::KvmRing).then_some(config.ring_entries),
     })?;
     let Ok(mechanism) = machine.tracker(kind, &unskipped) else { return Ok(None) };

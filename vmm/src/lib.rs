@@ -9,6 +9,7 @@ pub mod cost;
 pub mod cpuid;
 pub mod devices;
 pub mod doctor;
+pub mod fault;
 pub mod forecast;
 pub mod gate;
 pub mod host;

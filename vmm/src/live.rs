@@ -5,11 +5,13 @@ use std::time::{Duration, Instant};
 
 use dirty_track::addr::{BLOCK_SIZE, PAGE_SIZE};
 use dirty_track::bitmap::DirtyBitmap;
+use dirty_track::fault::{Counts, FaultError};
 use dirty_track::rate::{FaultCost, RateError};
 use dirty_track::sys::stats::{StatId, Stats};
 use dirty_track::tracker::{Harvest, Tracker, TrackerError};
 use serde::Serialize;
 
+use crate::fault::{RecordReport, Served};
 use crate::forecast::{Forecast, Forecaster, Link, Seen};
 use crate::ledger::{Agreement, Ledger, LedgerError};
 use crate::machine::{Machine, Paused};
@@ -26,6 +28,9 @@ pub enum LiveError {
     /// The ledger.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    /// The record of how RAM is mapped.
+    #[error("looking how guest memory is mapped: {0}")]
+    Record(#[from] FaultError),
     /// The sample.
     #[error("sampling guest memory: {0}")]
     Sample(#[from] RateError),
@@ -73,6 +78,9 @@ pub struct Epoch {
     /// What follows from the epochs so far.
     #[serde(flatten)]
     pub forecast: Forecast,
+    /// What the monitor served in the epoch, where it serves the guest's faults.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served: Option<Served>,
     /// How the report compares with the guest's own ledger.
     pub ledger: Option<Agreement>,
     /// Guest memory from left to right in [`COLUMNS`] parts: share of dirty pages, 0 to 255, rounded up, so
@@ -120,6 +128,12 @@ pub struct Totals {
     pub extra_coarse: u64,
     /// Pages reported where the guest writes nothing.
     pub stray: u64,
+    /// What the monitor served from the machine's start on, where it serves the guest's faults.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub served: Option<Served>,
+    /// The record of how RAM is mapped, held against the kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub record: Option<RecordReport>,
 }
 
 struct Counters {
@@ -181,6 +195,8 @@ pub struct Observer {
     cost: Option<FaultCost>,
     forecaster: Forecaster,
     counters: Counters,
+    /// When the epoch began.
+    served: Counts,
     ever: DirtyBitmap,
     epoch: u32,
     armed: Instant,
@@ -203,6 +219,7 @@ impl Observer {
             cost: None,
             forecaster: Forecaster::new(machine.cpus(), pages, link),
             counters,
+            served: machine.fault().map(|server| server.counts()).unwrap_or_default(),
             ever: DirtyBitmap::new(pages as usize),
             epoch: 0,
             armed: now,
@@ -312,6 +329,7 @@ impl Observer {
             harvest_us: micros(ended - harvesting),
             stall_us: micros(stall),
             forecast: self.forecaster.forecast(self.cost),
+            served: self.served(),
             ledger: agreement,
             map,
         };
@@ -319,6 +337,31 @@ impl Observer {
         self.began = ended;
         self.totals.add(&epoch);
         Ok(epoch)
+    }
+
+    /// What was served since the last call.
+    fn served(&mut self) -> Option<Served> {
+        let server = self.machine.fault()?;
+        let counts = server.counts();
+        let since = counts.since(&self.served);
+        self.served = counts;
+        Some(Served::new(&since, server.failure().map(|failure| failure.to_string())))
+    }
+
+    /// Holds the record of how RAM is mapped against the kernel, with the vCPUs at a stand-still. Nothing to do where
+    /// the kernel handles faults.
+    ///
+    /// # Errors
+    /// [`LiveError::Record`].
+    pub fn check_record(&mut self) -> Result<(), LiveError> {
+        let machine = Arc::clone(&self.machine);
+        let Some(server) = machine.fault() else { return Ok(()) };
+        let _still = machine.pause();
+        let [small, huge, giant] = self.counters.pages();
+        let pages = small.map(|pages| pages + huge.unwrap_or(0) * 512 + giant.unwrap_or(0) * (512 * 512));
+        self.totals.record = Some(RecordReport::new(server, pages)?);
+        self.totals.served = Some(Served::new(&server.counts(), None));
+        Ok(())
     }
 
     /// The totals up to the last epoch closed.
@@ -389,9 +432,12 @@ impl Totals {
     }
 
     /// Whether the ledger contradicts the tracker: a page missed, or one reported that the guest neither wrote
-    /// nor read and that no guarantee covers.
+    /// nor read and that no guarantee covers. Or the kernel contradicts the record of how RAM is mapped.
     pub fn contradicted(&self) -> bool {
-        self.missed > 0 || self.extra > self.extra_read + self.extra_coarse || self.stray > 0
+        self.record.as_ref().is_some_and(|record| record.harmful > 0)
+            || self.missed > 0
+            || self.extra > self.extra_read + self.extra_coarse
+            || self.stray > 0
     }
 }
 

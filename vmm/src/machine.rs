@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
+use dirty_track::fault::{FaultError, FaultTracker, Server};
 use dirty_track::sys::kvm;
 use dirty_track::sys::stats::{Stats, StatsError};
 use dirty_track::tracker::{
@@ -37,8 +38,9 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{MmioTransport, QueueWorker, VirtioDevice};
 use crate::devices::{GuestChannel, Platform};
 use crate::gate::Gate;
+use crate::fault::{self, FaultConfig};
 use crate::host::{self, KvmModule};
-use crate::memory::{MemoryConfig, MemoryError, Ram};
+use crate::memory::{Faults, MemoryConfig, MemoryError, Ram};
 use crate::sys::kick;
 use crate::timing::{Phase, Timing};
 use crate::track::TrackConfig;
@@ -74,6 +76,8 @@ pub struct MachineConfig {
     pub timing: Timing,
     /// Who hears the built-in guest's doorbell.
     pub doorman: Option<Arc<Doorman>>,
+    /// How faults are served, where RAM is such that they are.
+    pub fault: FaultConfig,
     /// Entries of each vCPU's dirty ring, a power of two. Such a machine can have the tracker `kvm-ring` and none on
     /// KVM's bitmap. Not for a guest that writes at CPL0 under kvm_pvm.
     pub dirty_ring: Option<u32>,
@@ -121,6 +125,9 @@ pub enum MachineError {
     /// RAM.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Serving its faults.
+    #[error("cannot serve the guest's faults: {0}; use fault=kernel to run without")]
+    Fault(#[from] FaultError),
     /// Kernel, initrd or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -187,6 +194,8 @@ pub struct Machine {
     vcpu_stats: Mutex<Vec<Stats>>,
     workers: Mutex<Vec<QueueWorker>>,
     late_ram: Arc<LateRam>,
+    /// Before RAM, of which it has views.
+    fault: Option<Arc<Server>>,
     ram: Arc<Ram>,
     module: KvmModule,
     dirty_rings: Option<DirtyRings>,
@@ -232,6 +241,15 @@ impl Machine {
         }
 
         let ram = Arc::new(Ram::new(config.memory)?);
+        let fault = match config.memory.fault {
+            Faults::Kernel => None,
+            Faults::Uffd => Some(Arc::new(fault::start(
+                slots_of(&ram),
+                config.memory,
+                config.cpus,
+                config.fault.clone(),
+            )?)),
+        };
         timing.mark(Phase::Memory);
 
         let vm = Arc::new(kvm.create_vm().map_err(kvm_error("create a virtual machine"))?);
@@ -312,6 +330,7 @@ impl Machine {
             vcpu_stats: Mutex::new(vcpu_stats),
             workers: Mutex::new(workers),
             late_ram,
+            fault,
             ram,
             module,
             dirty_rings,
@@ -455,6 +474,9 @@ impl Machine {
             }
             Kind::UffdSync => Box::new(UffdSync::new(slots, config.unit)?),
             Kind::UffdAsync => Box::new(UffdAsync::new(slots)?),
+            Kind::UffdServe => {
+                Box::new(FaultTracker::new(Arc::clone(self.fault.as_ref().ok_or(TrackerError::NotServed)?)))
+            }
             Kind::Exact => Box::new(Exact::new(vm, slots)?),
         })
     }
@@ -466,8 +488,12 @@ impl Machine {
 
     /// The memslots of all of RAM.
     pub fn slots(&self) -> Vec<Slot> {
-        let regions = self.ram.mem().iter().enumerate();
-        regions.map(|(id, region)| Slot::of_region(id as u32, 0, region)).collect()
+        slots_of(&self.ram)
+    }
+
+    /// Who serves the guest's faults, if it is not the kernel.
+    pub fn fault(&self) -> Option<&Arc<Server>> {
+        self.fault.as_ref()
     }
 
     /// The halves of the virtio devices that belong on a device loop. They can be taken once; without a loop
@@ -523,6 +549,10 @@ impl LateRam {
 fn starts_low(config: &MachineConfig) -> bool {
     let parsed = guest::cmdline::Config::parse(config.cmdline.as_bytes(), |_| ());
     config.kernel == Kernel::BuiltIn && parsed.is_ok_and(|guest| guest.map == guest::cmdline::Mapping::Huge)
+}
+
+fn slots_of(ram: &Ram) -> Vec<Slot> {
+    ram.mem().iter().enumerate().map(|(id, region)| Slot::of_region(id as u32, 0, region)).collect()
 }
 
 fn add_memslots(vm: &VmFd, ram: &Ram, slots: Range<usize>) -> Result<(), kvm_ioctls::Error> {

@@ -4,12 +4,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dirty_track::fault::{Age, Split};
 use dirty_track::rearm::Rearm;
 use dirty_track::tracker::Kind;
 use vmm::boot::Kernel;
 use vmm::devices::virtio::disk::DiskConfig;
+use vmm::fault::{FaultConfig, PrefaultChoice};
 use vmm::forecast::Link;
-use vmm::memory::MemoryConfig;
+use vmm::memory::{Faults, MemoryConfig};
 use vmm::options;
 use vmm::run::{Outcome, RunConfig, run};
 use vmm::timing::{Phase, Timing};
@@ -64,9 +66,25 @@ struct RunArgs {
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     cpus: u8,
-    /// Guest RAM: size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off
+    /// Guest RAM: size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,fault=kernel|uffd. With fault=uffd the
+    /// monitor itself brings every page that the guest touches first
     #[arg(long, value_name = "SPEC", default_value = "size=1G")]
     memory: MemoryConfig,
+    /// With fault=uffd, what comes along with a page that is missing: none, around=64K, block, or recorded=FILE, the
+    /// pages that a run with --record-working-set touched [default: around=64K]
+    #[arg(long, value_name = "POLICY")]
+    prefault: Option<PrefaultChoice>,
+    /// With fault=uffd, whether what came along counts as touched: old (not until it is written) or young
+    /// [default: old]
+    #[arg(long, value_name = "AGE")]
+    prefault_age: Option<Age>,
+    /// With fault=uffd, what the first write to a protected page opens: leaf, block or adaptive[,threshold=64]
+    /// [default: leaf]
+    #[arg(long, value_name = "POLICY")]
+    split: Option<Split>,
+    /// With fault=uffd, write the pages that the guest touched to this file at the end
+    #[arg(long, value_name = "FILE")]
+    record_working_set: Option<std::path::PathBuf>,
     /// A disk: path=FILE,readonly=on|off. May be given many times
     #[arg(long, value_name = "SPEC")]
     disk: Vec<DiskConfig>,
@@ -74,7 +92,7 @@ struct RunArgs {
     #[arg(long, value_name = "SWITCH", value_enum)]
     rng: Option<OnOff>,
     /// How to know which pages the guest writes: auto, none, kvm-bitmap, kvm-manual, kvm-ring[,entries=4096],
-    /// uffd-sync[,unit=4k|2m], uffd-async, exact; `vmm doctor` tells what each is good for. Or
+    /// uffd-sync[,unit=4k|2m], uffd-async, uffd-serve (with fault=uffd, as are uffd-sync and exact there), exact; `vmm doctor` tells what each is good for. Or
     /// sampled[,per-gib=512]: just the rate, from a sample of pages, at next to no cost to the guest
     #[arg(long, value_name = "TRACKER", default_value = "auto")]
     track: TrackConfig,
@@ -139,6 +157,22 @@ fn default_cmdline(builtin: bool, ram: u64) -> &'static str {
     }
 }
 
+/// Options that need, or exclude, that the monitor serves the guest's faults.
+fn fault_options(args: &RunArgs) -> Result<(), String> {
+    let given = [
+        ("--prefault", args.prefault.is_some()),
+        ("--prefault-age", args.prefault_age.is_some()),
+        ("--split", args.split.is_some()),
+        ("--record-working-set", args.record_working_set.is_some()),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        Some((option, _)) if args.memory.fault == Faults::Kernel => {
+            Err(format!("{option} is for memory whose faults are served here: use --memory fault=uffd"))
+        }
+        _ => args.track.refused(args.memory.fault).map_or(Ok(()), |why| Err(why.into())),
+    }
+}
+
 fn main() -> ExitCode {
     let timing = Timing::start();
     match Cli::parse().verb {
@@ -150,7 +184,20 @@ fn main() -> ExitCode {
                 eprintln!("vmm: --rearm is for --track kvm-manual: {track} has no log bits to leave set");
                 return ExitCode::from(2);
             }
+            if let Err(why) = fault_options(&args) {
+                eprintln!("vmm: {why}");
+                return ExitCode::from(2);
+            }
+            let fault = match FaultConfig::new(args.prefault, args.prefault_age, args.split) {
+                Ok(fault) => fault,
+                Err(error) => {
+                    eprintln!("vmm: {error}");
+                    return ExitCode::FAILURE;
+                }
+            };
             let config = RunConfig {
+                fault,
+                record_working_set: args.record_working_set,
                 kernel: args.kernel.map_or(Kernel::BuiltIn, Kernel::File),
                 initrd: args.initrd,
                 cmdline: args

@@ -73,6 +73,17 @@ impl fmt::Display for HugePages {
     }
 }
 
+/// Who answers when the guest touches a page that is not there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Faults {
+    /// The host's kernel.
+    #[default]
+    Kernel,
+    /// The monitor, by userfaultfd; see [`crate::fault`].
+    Uffd,
+}
+
 /// What `--memory` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryConfig {
@@ -82,28 +93,43 @@ pub struct MemoryConfig {
     pub huge: HugePages,
     /// Whether the memory is a memfd that others can map too.
     pub shared: bool,
+    /// Who brings the pages that are not there.
+    pub fault: Faults,
 }
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        MemoryConfig { size: 1 << 30, huge: HugePages::default(), shared: false }
+        MemoryConfig { size: 1 << 30, huge: HugePages::default(), shared: false, fault: Faults::default() }
     }
 }
 
 impl FromStr for MemoryConfig {
     type Err = OptionError;
 
-    /// `size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off`, or just a size.
+    /// `size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,fault=kernel|uffd`, or just a size.
     fn from_str(text: &str) -> Result<Self, OptionError> {
         let mut config = MemoryConfig::default();
         if !text.contains('=') {
             config.size = options::size(text)?;
             return Ok(config);
         }
-        for (key, value) in options::key_values(text, &["size", "huge", "shared"])? {
+        for (key, value) in options::key_values(text, &["size", "huge", "shared", "fault"])? {
             match key {
                 "size" => config.size = options::size(value)?,
                 "shared" => config.shared = options::on_off(key, value)?,
+                "fault" => {
+                    config.fault = match value {
+                        "kernel" => Faults::Kernel,
+                        "uffd" => Faults::Uffd,
+                        _ => {
+                            return Err(OptionError::Value {
+                                key: key.into(),
+                                value: value.into(),
+                                expected: "kernel or uffd".into(),
+                            });
+                        }
+                    }
+                }
                 _ => {
                     config.huge = match value {
                         "none" => HugePages::None,
@@ -359,7 +385,12 @@ mod tests {
         assert_eq!(config("2G").size, 2 << 30);
         assert_eq!(
             config("size=64M,huge=hugetlb-2m,shared=on"),
-            MemoryConfig { size: 64 << 20, huge: HugePages::Hugetlb2M, shared: true }
+            MemoryConfig {
+                size: 64 << 20,
+                huge: HugePages::Hugetlb2M,
+                shared: true,
+                ..MemoryConfig::default()
+            }
         );
         for bad in ["size=", "huge=big", "shared=maybe", "size=1G,size=2G", "pages=4", "1Q"] {
             assert!(bad.parse::<MemoryConfig>().is_err(), "{bad}");

@@ -4,13 +4,22 @@
 
 use std::fmt::Write;
 
+use crate::fault::Served;
 use crate::forecast::{Forecast, PrecopyReport, RateReport};
 use crate::live::{COLUMNS, Epoch, Totals, blocks};
+use crate::memory::Faults;
 use crate::options::human_size;
 use crate::sampled::{Look, Looks};
 
-/// Lines of the panel.
-pub const HEIGHT: u16 = 5;
+/// Lines of the panel, for memory whose faults are handled like that.
+pub fn height(fault: Faults) -> u16 {
+    match fault {
+        Faults::Kernel => HEIGHT,
+        Faults::Uffd => HEIGHT + 1,
+    }
+}
+
+const HEIGHT: u16 = 5;
 
 /// Eighths, for bars and densities.
 const BARS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
@@ -184,7 +193,36 @@ pub fn panel(subject: &Subject, epoch: &Epoch, rates: &[f64], width: usize) -> V
     } else {
         String::new()
     };
-    vec![subject.paint("2", &format!("{title}{rule}")), first, second, outlook(&epoch.forecast), map]
+    let mut lines = vec![subject.paint("2", &format!("{title}{rule}")), first, second];
+    lines.extend(epoch.served.as_ref().map(|served| format!(" {}", serving(served))));
+    lines.extend([outlook(&epoch.forecast), map]);
+    lines
+}
+
+/// What was served, in a line.
+fn serving(served: &Served) -> String {
+    let mut text = format!(
+        "served {} missing, {} first writes, {} pages",
+        grouped(served.missing + served.minor),
+        grouped(served.write_protected),
+        grouped(served.installed)
+    );
+    if served.old > 0 {
+        let _ = write!(text, " ({} of them old)", grouped(served.old));
+    }
+    if served.old_hits > 0 {
+        let _ = write!(text, ", {} old ones written", grouped(served.old_hits));
+    }
+    if served.blocks_opened > 0 {
+        let _ = write!(text, ", {} blocks opened", grouped(served.blocks_opened));
+    }
+    if served.waiting > 0 {
+        let _ = write!(text, ", {} wait", grouped(served.waiting));
+    }
+    if let Some(failure) = &served.failure {
+        let _ = write!(text, ", FAILED {} times: {failure}", grouped(served.failures));
+    }
+    text
 }
 
 /// The panel after a look at a sample.
@@ -283,6 +321,9 @@ pub fn line(subject: &Subject, epoch: &Epoch) -> String {
     }
     if let Some(pages) = by_vcpu(epoch) {
         let _ = write!(text, "  per vCPU {pages}");
+    }
+    if let Some(served) = &epoch.served {
+        let _ = write!(text, "  {}", serving(served));
     }
     if let Some((verdict, _)) = verdict(epoch) {
         let _ = write!(text, "  ledger {verdict}");
@@ -404,6 +445,28 @@ pub fn summary(subject: &Subject, totals: &Totals, picture: &Picture, host: Opti
                 },
             ),
         );
+    }
+    if let Some(served) = &totals.served {
+        say("faults", serving(served));
+    }
+    if let Some(record) = &totals.record {
+        let verdict = match record.harmful {
+            0 => subject.paint("32", "agrees with the kernel"),
+            pages => {
+                subject.paint("1;31", &format!("DISAGREES with the kernel about {} pages", grouped(pages)))
+            }
+        };
+        let mut text = format!(
+            "{verdict}: {} pages mapped, {} known to be touched, {} came along and were not written; {} of its own",
+            grouped(record.present),
+            grouped(record.touched),
+            grouped(record.untouched),
+            human_size(record.bytes as u64),
+        );
+        for difference in &record.differences {
+            let _ = write!(text, "\n              {difference}");
+        }
+        say("record", text);
     }
     if let Some(report) = &totals.forecast.precopy {
         let sent = human_size(report.bytes as u64);

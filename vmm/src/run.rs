@@ -25,6 +25,7 @@ use crate::boot::Kernel;
 use crate::cost;
 use crate::devices::device_loop::{DeviceLoop, LoopError};
 use crate::devices::virtio::disk::DiskConfig;
+use crate::fault::{self, FaultConfig, WorkingSetError};
 use crate::forecast::Link;
 use crate::host::KvmModule;
 use crate::live::{Epoch, LiveError, Observer, Totals};
@@ -53,6 +54,10 @@ pub struct RunConfig {
     pub cpus: u8,
     /// RAM.
     pub memory: MemoryConfig,
+    /// How its faults are served, if they are.
+    pub fault: FaultConfig,
+    /// Where to write which pages the guest touched.
+    pub record_working_set: Option<PathBuf>,
     /// Disks.
     pub disks: Vec<DiskConfig>,
     /// Whether there is an entropy device.
@@ -87,6 +92,9 @@ pub enum RunError {
     /// Tracking broke down.
     #[error(transparent)]
     Live(#[from] LiveError),
+    /// The file of touched pages.
+    #[error(transparent)]
+    WorkingSet(#[from] WorkingSetError),
     /// A system resource.
     #[error("cannot {what}: {source}")]
     System {
@@ -351,8 +359,11 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     // A guest that does not listen to its console leaves Ctrl-C to the user.
     let stdin = io::stdin();
     let raw = (!builtin && stdin.is_terminal()).then(|| RawMode::enter(stdin.as_raw_fd()).ok()).flatten();
-    let terminal =
-        if panel_wanted && io::stdout().is_terminal() { Terminal::open(panel::HEIGHT) } else { None };
+    let terminal = if panel_wanted && io::stdout().is_terminal() {
+        Terminal::open(panel::height(config.memory.fault))
+    } else {
+        None
+    };
     let console: Box<dyn Write + Send> = match &terminal {
         Some(terminal) => Box::new(Console(Arc::clone(terminal))),
         None if config.json => Box::new(io::stderr()),
@@ -370,9 +381,10 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         console,
         timing: timing.clone(),
         doorman: None,
+        fault: config.fault.clone(),
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
-    let (kind, chosen_because) = config.track.choose(&machine.tracking_facts());
+    let (kind, chosen_because) = config.track.choose(&machine.tracking_facts(), config.memory.fault);
     let tracker_name = if config.track.sampled.is_some() { SAMPLED } else { kind.name() };
     let tracker: Option<Box<dyn Tracker>> = match kind {
         Kind::None => None,
@@ -473,6 +485,9 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         wait_for_results(&machine);
     }
     machine.stop();
+    if let (Some(path), Some(server)) = (&config.record_working_set, machine.fault()) {
+        fault::record(server, path)?;
+    }
     let host = machine.ram().host_pages().ok();
     drop(devices);
     drop(control_loop);
@@ -581,7 +596,7 @@ fn observe(
                 show.epoch(&epoch);
             }
             if over {
-                return Ok(());
+                return observer.check_record();
             }
             // From now, not from the last deadline: a harvest that is late must not be followed by a hasty
             // one, because harvests in a row starve the guest.

@@ -9,7 +9,7 @@ use dirty_track::rearm::Rearm;
 use dirty_track::tracker::{Backing, HostFacts, Kind};
 
 use crate::host::{Host, KvmModule};
-use crate::memory::MemoryConfig;
+use crate::memory::{Faults, MemoryConfig};
 use crate::options::{self, OptionError};
 
 /// Entries of a vCPU's dirty ring unless told otherwise: 16 MiB of first writes between two harvests.
@@ -52,14 +52,32 @@ impl From<Kind> for TrackConfig {
 }
 
 impl TrackConfig {
-    /// The tracker to use on a host with `facts`; with a reason, if nobody asked for that one.
-    pub fn choose(&self, facts: &HostFacts) -> (Kind, Option<&'static str>) {
+    /// The tracker to use on a host with `facts` for memory whose faults are handled like that; with a reason, if
+    /// nobody asked for that one.
+    pub fn choose(&self, facts: &HostFacts, fault: Faults) -> (Kind, Option<&'static str>) {
         match self.kind {
+            Some(Kind::Exact | Kind::UffdSync) if fault == Faults::Uffd => {
+                let why = "memory has one userfaultfd, and who serves its faults sees each first write, and no read";
+                (Kind::UffdServe, Some(why))
+            }
             Some(kind) => (kind, None),
             None => {
                 let (kind, why) = Kind::choose(facts);
                 (kind, Some(why))
             }
+        }
+    }
+
+    /// Why this tracker cannot be had for memory whose faults are handled like that.
+    pub fn refused(&self, fault: Faults) -> Option<&'static str> {
+        match (self.kind, fault) {
+            (Some(Kind::UffdServe), Faults::Kernel) => Some(
+                "uffd-serve is the tracker of memory whose faults are served here: use --memory fault=uffd",
+            ),
+            (Some(Kind::UffdAsync), Faults::Uffd) => {
+                Some("memory with fault=uffd has its userfaultfd already: use --track exact")
+            }
+            _ => None,
         }
     }
 }

@@ -12,6 +12,14 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: u64,)*
         }
 
+        impl Counts {
+            /// What was counted since `before`; of those who wait, how many do so now.
+            pub fn since(&self, before: &Counts) -> Counts {
+                let since = Counts { $($name: self.$name.saturating_sub(before.$name),)* };
+                Counts { waiting: self.waiting, ..since }
+            }
+        }
+
         #[derive(Debug, Default)]
         pub(super) struct Counters {
             $(pub(super) $name: Counter,)*

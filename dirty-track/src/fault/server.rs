@@ -21,6 +21,7 @@ use crate::sys::pagemap::{Found, Pagemap};
 use crate::sys::uffd::fill::{Progress, Staging, cold};
 use crate::sys::uffd::message::Message;
 use crate::sys::uffd::{Mode, Uffd, Wait};
+use crate::tracker::change::Tracked;
 use crate::tracker::wp_slot::WpSlot;
 use crate::tracker::{Backing, Slot};
 

@@ -26,10 +26,11 @@ use crate::addr::PageSize;
 use crate::fault::serve::{Kernel, Pager};
 use crate::fault::{FaultError, Server, Split};
 use crate::stage2::{Block, Leaves, Spare};
+use crate::tracker::change::Tracked;
 use crate::tracker::harvest::OwedSet;
 use crate::tracker::uffd_async::guarantees;
-use crate::tracker::wp_slot::masks;
-use crate::tracker::{Guarantees, Harvest, Kind, Tracker, TrackerError};
+use crate::tracker::wp_slot::{WpSlot, masks};
+use crate::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
 
 /// Mappings that change are a matter of microseconds, unless the handlers have no time to read of it.
 const ATTEMPTS: usize = 1000;
@@ -39,6 +40,8 @@ const BETWEEN_ATTEMPTS: Duration = Duration::from_micros(100);
 #[derive(Debug)]
 pub struct FaultTracker {
     server: Arc<Server>,
+    /// Those of the server's that are tracked, in the order of `owed`.
+    slots: Vec<WpSlot>,
     owed: OwedSet,
     armed: bool,
 }
@@ -46,23 +49,26 @@ pub struct FaultTracker {
 impl FaultTracker {
     /// A tracker of all memory whose faults `server` serves. It is not armed yet.
     pub fn new(server: Arc<Server>) -> FaultTracker {
-        let slots: Vec<_> = server.slots().iter().map(|slot| slot.slot().clone()).collect();
-        let mut owed = OwedSet::new(&slots);
+        let slots = server.slots().to_vec();
+        let mut owed = OwedSet::new(slots.iter().map(Tracked::slot));
         owed.allow_coarse();
-        FaultTracker { server, owed, armed: false }
+        FaultTracker { server, slots, owed, armed: false }
     }
 
-    fn stop_host_writes(&self) {
-        self.server.slots().iter().for_each(|slot| slot.slot().host_writes().stop());
+    /// For each slot of the server, which one it is of those that are tracked.
+    fn tracked(&self) -> Vec<Option<usize>> {
+        let tracked = |slot: &WpSlot| self.slots.iter().position(|other| other.slot().is(slot.slot()));
+        self.server.slots().iter().map(tracked).collect()
     }
 
     fn collect(&mut self) -> Result<(), FaultError> {
-        for (index, slot) in self.server.slots().iter().enumerate() {
+        for (index, slot) in self.slots.iter().enumerate() {
             let owed = self.owed.slot(index);
             slot.take_host_writes(PageSize::K4, |word, bits| owed.add_host(word, bits));
         }
-        let owed = &mut self.owed;
+        let (tracked, owed) = (self.tracked(), &mut self.owed);
         self.server.pager().harvest(&mut Spare::default(), |index, block, dirty, coarse| {
+            let Some(index) = tracked[index] else { return };
             let owed = owed.slot(index);
             let start = owed.frames().start;
             let pages = |run: Range<usize>| {
@@ -79,13 +85,18 @@ impl FaultTracker {
     }
 }
 
+fn record_host_writes(slots: &[WpSlot], on: bool) {
+    let records = slots.iter().map(|slot| slot.slot().host_writes());
+    records.for_each(|record| if on { record.start() } else { record.stop() });
+}
+
 impl Tracker for FaultTracker {
     fn name(&self) -> &'static str {
         Kind::UffdServe.name()
     }
 
     fn guarantees(&self) -> Guarantees {
-        let guarantees = guarantees(Kind::UffdServe, self.server.slots());
+        let guarantees = guarantees(Kind::UffdServe, &self.slots);
         let unit = match self.server.policies().split {
             Split::Leaf => PageSize::K4,
             Split::Block | Split::Adaptive(_) => PageSize::M2,
@@ -101,14 +112,36 @@ impl Tracker for FaultTracker {
         if self.armed {
             return Err(TrackerError::AlreadyArmed);
         }
-        self.server.slots().iter().for_each(|slot| slot.slot().host_writes().start());
+        record_host_writes(&self.slots, true);
         match self.server.pager().track() {
             Ok(()) => self.armed = true,
             Err(error) => {
-                self.stop_host_writes();
+                record_host_writes(&self.slots, false);
                 return Err(error.into());
             }
         }
+        Ok(())
+    }
+
+    /// All of the server's memory is protected while it is armed; what is tracked is what is handed out.
+    fn set_slots(&mut self, slots: Vec<Slot>) -> Result<(), TrackerError> {
+        let slots = WpSlot::all(slots)?;
+        let served = |slot: &&WpSlot| !self.server.slots().iter().any(|other| other.slot().is(slot.slot()));
+        if let Some(slot) = slots.iter().find(served) {
+            let why = "its faults are not served by this tracker's server";
+            return Err(TrackerError::BadSlot { id: slot.id(), why });
+        }
+        if self.armed {
+            let other = |a: &[WpSlot], b: &[WpSlot]| {
+                a.iter().filter(|slot| !b.iter().any(|other| other.slot().is(slot.slot()))).cloned().collect()
+            };
+            let (new, gone): (Vec<_>, Vec<_>) = (other(&slots, &self.slots), other(&self.slots, &slots));
+            record_host_writes(&new, true);
+            record_host_writes(&gone, false);
+        }
+        self.owed.set_slots(slots.iter().map(Tracked::slot));
+        self.owed.allow_coarse();
+        self.slots = slots;
         Ok(())
     }
 
@@ -125,7 +158,7 @@ impl Tracker for FaultTracker {
             return Err(TrackerError::NotArmed);
         }
         self.server.pager().untrack()?;
-        self.stop_host_writes();
+        record_host_writes(&self.slots, false);
         self.owed.clear();
         self.armed = false;
         Ok(())

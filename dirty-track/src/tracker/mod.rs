@@ -15,7 +15,7 @@
 //! The policy (what is owed, what is cleared when) is kept apart from the mechanism (the ioctls), so that it
 //! can be held against a model without KVM; the private module `dirty_log` shows the pattern.
 
-mod change;
+pub(crate) mod change;
 mod chosen;
 mod dirty_log;
 pub mod exact;
@@ -280,6 +280,11 @@ pub enum TrackerError {
     /// The thread that resolves write faults could not be started.
     #[error("cannot start the thread that resolves write faults: {0}")]
     Handler(std::io::Error),
+    /// [`FaultTracker`](crate::fault::FaultTracker) over memory that no server serves.
+    #[error(
+        "nobody serves the faults of this memory, which is what uffd-serve tracks by: choose another tracker"
+    )]
+    NotServed,
     /// Faults cannot be served such that writes are seen.
     #[error(transparent)]
     Serve(#[from] Box<FaultError>),

@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mib: u64 = std::env::args().nth(1).map_or(Ok(512), |arg| arg.parse())?;
     let cmdline = std::env::args().nth(2).unwrap_or_default();
     for huge in [HugePages::None, HugePages::Thp] {
-        let memory = MemoryConfig { size: mib << 20, huge, shared: false };
+        let memory = MemoryConfig { size: mib << 20, huge, ..MemoryConfig::default() };
         let machine =
             start(config(&format!("workload=read region={}M passes=0 {cmdline}", mib * 3 / 4), 1, memory));
         let control = machine.channel().control().ok_or("the guest announced no ledger")?;

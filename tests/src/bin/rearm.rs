@@ -128,7 +128,8 @@ fn measure(
         let _ = report.send(pass);
         *began = Some(thread_cpu_time());
     };
-    let memory = MemoryConfig { size: (cli.region + 64) << 20, huge: HugePages::Thp, shared: false };
+    let memory =
+        MemoryConfig { size: (cli.region + 64) << 20, huge: HugePages::Thp, ..MemoryConfig::default() };
     let cmdline = format!("{workload} region={}M passes=0 barrier=on populate=on", cli.region);
     let mut config = config(&cmdline, 1, memory);
     config.doorman = Some(Arc::new(doorman));
