@@ -324,3 +324,72 @@ fn the_built_in_guest_comes_to_an_end_and_its_status_is_the_exit_status() {
     assert_eq!(bad.status.code(), Some(4), "{}", text(&bad.stderr));
     assert!(text(&bad.stderr).contains("dance"), "{}", text(&bad.stderr));
 }
+
+#[test]
+fn the_monitor_serves_the_faults_of_its_guest() {
+    if no_kvm("the_monitor_serves_the_faults_of_its_guest") {
+        return;
+    }
+    let files = Files::new();
+    let set = files.0.path().join("set");
+    let set = set.to_str().unwrap();
+    let common =
+        ["run", "--json", "--memory", "size=64M,huge=thp,fault=uffd", "--duration", "1s", "--epoch", "100ms"];
+    let run = |args: &[&str]| {
+        let output = vmm().args(common).args(args).output().unwrap();
+        let stderr = text(&output.stderr);
+        if stderr.contains("userfaultfd") || stderr.contains("PAGEMAP_SCAN") {
+            skip::skip("the_monitor_serves_the_faults_of_its_guest", &stderr);
+            return None;
+        }
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {stderr}");
+        let lines = text(&output.stdout);
+        Some(lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<Value>>())
+    };
+    let recording = [
+        "--cmdline",
+        "workload=rand region=32M",
+        "--prefault",
+        "around=64K",
+        "--prefault-age",
+        "old",
+        "--track",
+        "exact",
+        "--record-working-set",
+        set,
+    ];
+    let Some(lines) = run(&recording) else { return };
+    assert_eq!(lines[0]["track"], "uffd-serve");
+    let epochs: Vec<_> = lines.iter().filter(|line| line["event"] == "epoch").collect();
+    assert!(!epochs.is_empty());
+    for epoch in &epochs {
+        assert_eq!(
+            (&epoch["ledger"]["missed"], &epoch["ledger"]["extra"]),
+            (&0.into(), &0.into()),
+            "{epoch}"
+        );
+        assert!(epoch["served"]["write_protected"].is_u64() && epoch["coarse_pages"] == 0, "{epoch}");
+    }
+    let summary = lines.last().unwrap();
+    let served = |name: &str| summary["served"][name].as_u64().unwrap();
+    assert!(served("old") > 0 && served("old") == served("prefaulted"), "{summary}");
+    assert!(served("old_hits") > 0 && served("failures") == 0, "{summary}");
+    assert_eq!(summary["record"]["harmful"], 0, "{summary}");
+    let recorded = fs::read_to_string(set).unwrap().parse::<dirty_track::fault::WorkingSet>().unwrap();
+    assert_eq!(summary["record"]["touched"], recorded.pages());
+    // A log of KVM's beside it, and what the first run touched.
+    let prefault = format!("recorded={set}");
+    let again = ["--cmdline", "workload=rand region=32M", "--prefault", &prefault, "--split", "block"];
+    assert_eq!(run(&again).unwrap()[0]["track"], "kvm-manual");
+
+    let wrong = |args: &[&str], word: &str| {
+        let output = vmm().arg("run").args(args).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(text(&output.stderr).contains(word), "{args:?}: {}", text(&output.stderr));
+    };
+    wrong(&["--prefault", "block"], "fault=uffd");
+    wrong(&["--track", "uffd-serve"], "fault=uffd");
+    wrong(&["--memory", "size=64M,fault=uffd", "--track", "uffd-async"], "--track exact");
+    wrong(&["--memory", "size=64M,fault=maybe"], "kernel or uffd");
+    wrong(&["--memory", "size=64M,fault=uffd", "--prefault", "recorded"], "recorded=FILE");
+}

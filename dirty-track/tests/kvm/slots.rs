@@ -1,8 +1,10 @@
 //! Slots that come and go, and ranges that are chosen, on the real KVM of this host while a guest writes.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use dirty_track::addr::{Gfn, PageRange, PageSize};
+use dirty_track::fault::{Config, FaultTracker, Server, Source};
 use dirty_track::rearm::{DenseSkip, Rearm};
 use dirty_track::tracker::{
     Exact, KvmBitmap, KvmManual, KvmRing, Slot, Tracker, TrackerError, UffdAsync, UffdSync,
@@ -16,7 +18,7 @@ const SLOTS: [(Gfn, u64); 3] = [(Gfn(0x400), 0x400), (Gfn(0x1000), 0x210), (Gfn(
 
 type Make = fn(&Machine, Vec<Slot>) -> Result<Box<dyn Tracker>, TrackerError>;
 
-const TRACKERS: [(&str, Make); 8] = [
+const TRACKERS: [(&str, Make); 9] = [
     ("kvm-bitmap", |machine, slots| Ok(Box::new(KvmBitmap::new(machine.vm.clone(), slots)?))),
     ("kvm-manual", |machine, slots| Ok(Box::new(KvmManual::new(machine.vm.clone(), slots)?))),
     ("kvm-manual, dense-skip", |machine, slots| {
@@ -29,6 +31,13 @@ const TRACKERS: [(&str, Make); 8] = [
     ("uffd-async", |_, slots| Ok(Box::new(UffdAsync::new(slots)?))),
     ("uffd-sync", |_, slots| Ok(Box::new(UffdSync::new(slots, PageSize::K4)?))),
     ("uffd-sync by blocks", |_, slots| Ok(Box::new(UffdSync::new(slots, PageSize::M2)?))),
+    ("served", |machine, slots| {
+        // All of memory is served, whatever of it is tracked.
+        let served = machine.slots.iter().map(|slot| (slot.clone(), Source::Zero)).collect();
+        let mut tracker = FaultTracker::new(Arc::new(Server::start(served, Config::default())?));
+        tracker.set_slots(slots)?;
+        Ok(Box::new(tracker))
+    }),
     ("exact", |machine, slots| Ok(Box::new(Exact::new(machine.vm.clone(), slots)?))),
 ];
 
@@ -256,6 +265,7 @@ fn a_change_that_fails_loses_nothing() {
                 error,
                 TrackerError::SetLogging { slot: 3, on: true, .. }
                     | TrackerError::Register { slot: 3, on: true, .. }
+                    | TrackerError::BadSlot { id: 3, .. }
             ),
             "{name}: {error}"
         );
