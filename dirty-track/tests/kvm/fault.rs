@@ -526,10 +526,10 @@ fn race(test: &str, kvm: &Kvm, policies: Policies, rounds: u32) {
                 let at = copy.binary_search_by_key(&gfn, |(gfn, _)| *gfn).unwrap();
                 copy[at].1 = machine.stamp(gfn);
             }
-            if harvests % 3 != 0 || last {
+            if !harvests.is_multiple_of(3) || last {
                 harvest.commit();
             }
-            if harvests % 5 == 0 {
+            if harvests.is_multiple_of(5) {
                 check_running(&server);
             }
             if last {
