@@ -93,7 +93,8 @@ pub(super) struct Pager<K> {
     pub(super) track: AtomicBool,
     /// Held alone from before messages are read until what they say was dropped is recorded, and shared while pages are
     /// installed. Whoever drops memory goes on as soon as the message is read: so what was planned before is installed
-    /// before the drop, and what is installed after it was planned with the knowledge of it. Taken before any block.
+    /// before the drop, and what is installed after it was planned with the knowledge of it. It is held shared until
+    /// what was made writable is recorded, so a harvest that has held it alone finds that. Taken before any block.
     pub(super) news: RwLock<()>,
     pub(super) counters: Counters,
 }
@@ -142,7 +143,7 @@ impl<K: Kernel> Pager<K> {
     }
 
     /// To be held while messages are read, and what they say is recorded. Who has held it knows that whatever was
-    /// dropped before is recorded.
+    /// dropped or made writable before is recorded.
     pub(super) fn news(&self) -> RwLockWriteGuard<'_, ()> {
         self.news.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -251,9 +252,6 @@ impl<K: Kernel> Pager<K> {
         let (slot, first) = (&self.slots[index], block.first());
         let one = leaf.map_or(Leaves::NONE, Leaves::one);
         let counters = &self.counters;
-        if !plan.protected || plan.open {
-            block.announce();
-        }
         if !plan.zeroed.is_empty() {
             zeros.resize(BLOCK_SIZE as usize, 0);
         }
@@ -321,7 +319,6 @@ impl<K: Kernel> Pager<K> {
         leaves: Leaves,
     ) -> Result<(End, Leaves), FaultError> {
         let (slot, one, spare) = (&self.slots[index], Leaves::one(leaf), &mut worker.spare);
-        block.announce();
         let before = block.kind();
         let (mut opened, mut end) = (Leaves::NONE, End::Done);
         for run in leaves.runs() {

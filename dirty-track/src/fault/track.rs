@@ -6,8 +6,8 @@
 //!
 //! # Why no write is lost
 //! What is present and not protected is dirty in the [record](crate::stage2); a handler opens and records, and a
-//! harvest takes and protects, with the block held. A harvest finds blocks by a bit that is set before anything of
-//! them is opened. So a write that was complete before the harvest began went through a page that the harvest takes;
+//! harvest takes and protects, with the block held. Who is opening a page when a harvest begins has recorded it before
+//! the harvest looks for blocks that have something dirty. So a write that was complete before the harvest began went through a page that the harvest takes;
 //! and one that comes after its block's turn sleeps until a handler has recorded it for the next.
 //!
 //! Contents that are dropped are dirty. The news of it comes *before* the drop: a page that is dropped and still
@@ -202,7 +202,6 @@ impl<K: Kernel> Pager<K> {
             self.each_block(|index, block| {
                 spare.fill()?;
                 let closed = block.protected() & !block.old();
-                block.announce();
                 for run in closed.runs() {
                     let pages = self.slots[index].pages(block.first(), &run);
                     let range = block.frames(run);
@@ -222,7 +221,7 @@ impl<K: Kernel> Pager<K> {
         spare: &mut Spare,
         mut take: impl FnMut(usize, &Block<'_>, Leaves, Leaves),
     ) -> Result<(), FaultError> {
-        // What was dropped before this call is recorded after it.
+        // What was dropped or made writable before this call is recorded after it.
         drop(self.news());
         patiently(|| {
             self.stage2.each_dirty(|block| {

@@ -332,12 +332,6 @@ impl Block<'_> {
         Ok(())
     }
 
-    /// Announces that leaves are about to become writable. To be called before the call to the kernel that makes
-    /// them so: then a harvest that comes after a write to one of them looks at this block, for which it has to wait.
-    pub fn announce(&self) {
-        self.dirty.set(self.index);
-    }
-
     /// Lets [`Stage2::each_dirty`](crate::stage2::Stage2::each_dirty) find this block if it has to.
     pub(super) fn note(&self) {
         let dirty = match &*self.state {

@@ -53,9 +53,9 @@
 //! lock from before the call until the record says so: that is the *turn* that keeps record and kernel together, and
 //! a harvest and the handlers of faults take turns block by block. Nothing that waits for the guest may be done
 //! while a block is held. A harvest looks only at blocks that say that they have dirty leaves, and it finds that out
-//! before it takes their locks: so who is going to make leaves writable [announces](Block::announce) it before the
-//! call. (Another vCPU may write as soon as the page is open, and be stopped before the record is made; the harvest
-//! that comes then may be the last.) Where the kernel changes a mapping by itself the record is coarser, in these ways only:
+//! before it takes their locks. A leaf is writable a moment before the record says so, and another vCPU may write to it
+//! just then: so a harvest waits first until whoever was making leaves writable when it began has recorded it. Where the
+//! kernel changes a mapping by itself the record is coarser, in these ways only:
 //!
 //! - khugepaged may join small pages: the record says split, and the next partial change splits them again.
 //! - Memory may be dropped by whoever shares it, or by `madvise` in this process. Who does that calls
