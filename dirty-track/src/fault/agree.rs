@@ -23,8 +23,7 @@ impl<K: Kernel> Pager<K> {
         })
     }
 
-    /// Records those of `leaves` that are mapped although nobody knew. While contents are being dropped that is so for
-    /// a moment; they are recorded as dirty, and are gone soon.
+    /// Records those of `leaves` that are mapped although nobody knew.
     pub(super) fn recall(
         &self,
         block: &mut Block<'_>,

@@ -296,7 +296,8 @@ impl<K: Kernel> Pager<K> {
         if plan.written {
             block.mark(&(done & one & !block.protected()), spare)?;
         }
-        let unknown = there & !block.present();
+        // What is being dropped is there until it is dropped, and a harvest knows that.
+        let unknown = there & !block.present() & !block.dropped();
         if !unknown.is_empty() {
             self.recall(block, index, unknown, spare)?;
         }
@@ -328,8 +329,8 @@ impl<K: Kernel> Pager<K> {
             }
             opened |= Leaves::range(run);
         }
-        if opened.contains(leaf) {
-            // It is there, whatever was recorded.
+        if opened.contains(leaf) && !block.dropped().contains(leaf) {
+            // It is there, whatever was recorded; unless it is just being dropped.
             block.map(&one, Mapping { protected: false, old: false }, spare)?;
         }
         block.open(&opened, spare)?;

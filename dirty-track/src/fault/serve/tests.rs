@@ -284,8 +284,9 @@ impl World {
     }
 
     /// The host drops pages; the news comes first, and the guest may be quick.
-    fn remove(&mut self, pages: Range<usize>, between: Option<(usize, bool)>) {
+    fn remove(&mut self, pages: Range<usize>, between: Option<(usize, bool)>, harvest: bool) {
         let address = |page: usize| HVA + page as u64 * 4096;
+        let before = self.pager.kernel.tables().mapped.clone();
         self.pager.removed(&mut self.worker, address(pages.start)..address(pages.end)).unwrap();
         if let Some((page, write)) = between {
             // It may see the old contents or none, and what it writes may be dropped at once.
@@ -298,13 +299,23 @@ impl World {
                 self.serve(page, Cause::Missing { write }).unwrap();
             }
         }
+        if harvest {
+            self.pager.kernel.tables().trouble.clear();
+            let (taken, _) = self.harvest().unwrap();
+            assert!(taken.is_superset(&self.written) && taken.is_superset(&self.dropped));
+            self.written.clear();
+            self.dropped.clear();
+        }
         let mut tables = self.pager.kernel.tables();
         for page in pages {
+            // What was gone before the harvest looked is in it already; what came after the news is the guest's doing.
+            if !harvest || before[page].is_some() && tables.mapped[page].is_some() {
+                self.dropped.insert(page);
+            }
             tables.mapped[page] = None;
             tables.cache[page] = false;
             tables.contents[page] = 0;
             self.contents[page] = 0;
-            self.dropped.insert(page);
         }
     }
 
@@ -343,6 +354,7 @@ enum Op {
         page: usize,
         pages: usize,
         between: Option<(usize, bool)>,
+        harvest: bool,
     },
     /// Private memory goes to a file's way: mappings go, contents stay.
     Unmap {
@@ -361,8 +373,9 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (0..PAGES, any::<bool>()).prop_map(|(page, write)| Op::Access { page, write }),
         3 => (0..PAGES - 80, 1..80usize, any::<bool>())
             .prop_map(|(page, pages, write)| Op::Run { page, pages, write }),
-        2 => (0..PAGES - 80, 1..80usize, between)
-            .prop_map(|(page, pages, between)| Op::Remove { page, pages, between }),
+        2 => (0..PAGES - 80, 1..80usize, between, any::<bool>()).prop_map(
+            |(page, pages, between, harvest)| Op::Remove { page, pages, between, harvest }
+        ),
         1 => (0..PAGES - 80, 1..80usize).prop_map(|(page, pages)| Op::Unmap { page, pages }),
         3 => Just(Op::Harvest),
         1 => any::<bool>().prop_map(Op::Track),
@@ -409,7 +422,9 @@ proptest! {
                 Op::Run { page, pages, write } => {
                     (page..page + pages).for_each(|page| world.access(page, write));
                 }
-                Op::Remove { page, pages, between } => world.remove(page..page + pages, between),
+                Op::Remove { page, pages, between, harvest } => {
+                    world.remove(page..page + pages, between, harvest);
+                }
                 Op::Unmap { page, pages } => if origin == Origin::Cache {
                     let mut tables = world.pager.kernel.tables();
                     // Reclaim: what is protected stays so by a marker, which a later mapping replaces.
@@ -534,6 +549,30 @@ fn a_source_that_fails_leaves_the_guest_asleep_and_nothing_in_between() {
     other.pager.slots[0].source = Some(Arc::new(Ledgered { until_failure: Mutex::new(Some(1)) }));
     other.serve(0x10, Cause::Missing { write: false }).unwrap();
     assert_eq!(other.pager.counters.now().installed, 1);
+}
+
+/// What was mapped before anybody served it, or behind the server's back, is written unseen until it is known.
+#[test]
+fn what_is_there_already_is_recorded() {
+    for adopted in [true, false] {
+        let mut world = World::new(Origin::Zero, Policies::default());
+        for page in [16, 20] {
+            world.pager.kernel.tables().mapped[page] = Some(Mapped { protected: page == 20 });
+        }
+        let known = |world: &World| world.pager.check().unwrap().is_empty();
+        assert!(!known(&world));
+        if adopted {
+            world.pager.adopt().unwrap();
+        } else {
+            // The window of page 17 has them.
+            world.access(17, false);
+        }
+        assert!(known(&world));
+        let (taken, coarse) = world.harvest().unwrap();
+        assert!(taken.contains(&16) && coarse.contains(&16) && !taken.contains(&20), "{taken:?}");
+        world.access(16, true);
+        assert_eq!(world.harvest().unwrap().0, BTreeSet::from([16]));
+    }
 }
 
 #[test]
