@@ -289,14 +289,14 @@ impl World {
         let before = self.pager.kernel.tables().mapped.clone();
         self.pager.removed(&mut self.worker, address(pages.start)..address(pages.end)).unwrap();
         if let Some((page, write)) = between {
-            // It may see the old contents or none, and what it writes may be dropped at once.
+            // It may see the old contents or none, and what it writes may be dropped at once. An error leaves it asleep.
             let mapped = self.pager.kernel.tables().mapped[page];
             if !pages.contains(&page) {
                 self.access(page, write);
             } else if let (true, Some(Mapped { protected: true })) = (write, mapped) {
-                self.serve(page, Cause::Protected).unwrap();
+                let _ = self.serve(page, Cause::Protected);
             } else if mapped.is_none() && self.origin != Origin::Cache {
-                self.serve(page, Cause::Missing { write }).unwrap();
+                let _ = self.serve(page, Cause::Missing { write });
             }
         }
         if harvest {
