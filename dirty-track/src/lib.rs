@@ -12,8 +12,8 @@
 //! - [`rearm`]: what is write-protected again when an epoch ends.
 //! - [`refine`]: takes pages out of a harvest that may have been written and did not change.
 //! - [`region`]: the bitmap that vm-memory marks when the *host* writes to guest memory.
-//! - [`touched`]: which pages were touched in an interval, read or written.
 //! - [`stage2`]: how guest memory is mapped, block by block, as the monitor remembers it.
+//! - [`touched`]: which pages were touched in an interval, read or written.
 //! - [`tracker`]: the trait, what a harvest is, and one module for each way of knowing.
 //! - [`collapse`]: huge mappings for memory whose tracking has split them.
 //! - [`walk`]: the page walk, over what maps guest memory: this process, the guest itself, or a simulated table.

@@ -434,15 +434,15 @@ impl Kernel for KernelUffd {
         let mut from = addresses.start;
         while from < addresses.end {
             let (runs, next) = self.pagemap.mapped(from, addresses.end, &mut found)?;
-            for run in &found[..runs] {
+            for run in found[..runs].iter().filter(|run| !run.is_swapped()) {
                 let run_pages = self.slots[slot].pages_at(run.addresses());
                 let at = |page: usize| (page.max(pages.start) - pages.start + leaf).min(leaf + pages.len());
                 let leaves = Leaves::range(at(run_pages.start)..at(run_pages.end));
                 seen.present |= leaves;
-                if !run.written() {
+                if !run.is_written() {
                     seen.protected |= leaves;
                 }
-                if run.huge() {
+                if run.is_huge() {
                     seen.huge |= leaves;
                 }
             }

@@ -1,5 +1,4 @@
 //! PAGEMAP_SCAN: which pages of a range were written since they were write-protected, and how they are mapped.
-//! PAGEMAP_SCAN: which pages of a range are mapped, and which were written since they were write-protected.
 //!
 //! Only looking is offered here. The ioctl can protect what it finds in the same walk (`PM_SCAN_WP_MATCHING`), but
 //! then KVM's MMU notifier is called for the whole range that is walked, which zaps every second-level mapping of
@@ -18,7 +17,6 @@ use linux_raw_sys::general::{
     PAGE_IS_FILE, PAGE_IS_HUGE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN,
     page_region, pm_scan_arg,
 };
-use linux_raw_sys::general::{PAGE_IS_HUGE, PAGE_IS_PRESENT, PAGE_IS_WRITTEN, page_region, pm_scan_arg};
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
@@ -70,14 +68,6 @@ impl Found {
 
     fn is(&self, category: u32) -> bool {
         self.0.categories & u64::from(category) != 0
-    /// Whether the pages are not write-protected by userfaultfd.
-    pub fn written(&self) -> bool {
-        self.0.categories & u64::from(PAGE_IS_WRITTEN) != 0
-    }
-
-    /// Whether they are mapped by a huge page. Only of what [`Pagemap::mapped`] found.
-    pub fn huge(&self) -> bool {
-        self.0.categories & u64::from(PAGE_IS_HUGE) != 0
     }
 }
 
@@ -110,11 +100,6 @@ impl Pagemap {
 
     /// Looks for pages in `start..end` that are mapped or swapped out, as runs of pages that are mapped in the same way.
     /// Fills `found` and returns as [`written`](Pagemap::written) does.
-        self.scan(start, end, PAGE_IS_WRITTEN, PAGE_IS_WRITTEN, found)
-    }
-
-    /// Looks for pages in `start..end` that are mapped in this process, with [what](Found::written) is
-    /// [known](Found::huge) of them; otherwise as [`written`](Pagemap::written). A page in swap is not mapped.
     ///
     /// # Errors
     /// `ENOTTY` before Linux 6.7.
@@ -128,33 +113,6 @@ impl Pagemap {
     fn scan(&self, mut scan: pm_scan_arg, found: &mut [Found]) -> Result<(usize, u64), errno::Error> {
         scan.vec = found.as_mut_ptr() as u64;
         scan.vec_len = found.len() as u64;
-        let told = PAGE_IS_PRESENT | PAGE_IS_WRITTEN | PAGE_IS_HUGE;
-        self.scan(start, end, PAGE_IS_PRESENT, told, found)
-    }
-
-    /// Looks for pages of category `wanted`, and says what of `told` they are.
-    fn scan(
-        &self,
-        start: u64,
-        end: u64,
-        wanted: u32,
-        told: u32,
-        found: &mut [Found],
-    ) -> Result<(usize, u64), errno::Error> {
-        let mut scan = pm_scan_arg {
-            size: size_of::<pm_scan_arg>() as u64,
-            flags: 0,
-            start,
-            end,
-            walk_end: 0,
-            vec: found.as_mut_ptr() as u64,
-            vec_len: found.len() as u64,
-            max_pages: 0,
-            category_inverted: 0,
-            category_mask: wanted.into(),
-            category_anyof_mask: 0,
-            return_mask: told.into(),
-        };
         // SAFETY: the ioctl reads and fills the struct, which outlives the call, and writes at most `vec_len`
         // elements to `vec`, which is `found`: of the layout that it expects (transparent over page_region),
         // and ours alone. Without PM_SCAN_WP_MATCHING it changes no mapping.

@@ -3,8 +3,8 @@
 mod allocation;
 mod backing;
 mod copy;
-mod host_map;
 mod fault;
+mod host_map;
 mod logs;
 mod machine;
 mod mapping;
