@@ -9,6 +9,7 @@ mod logs;
 mod machine;
 mod mapping;
 mod rearm;
+mod reclaim;
 mod ring;
 mod slots;
 mod stats;
