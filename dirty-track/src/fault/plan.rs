@@ -37,6 +37,8 @@ pub(super) struct View {
     pub(super) protected: Leaves,
     pub(super) dirty: Leaves,
     pub(super) dropped: Leaves,
+    /// What the split policy remembers.
+    pub(super) heat: u8,
     /// Of the working set.
     pub(super) recorded: Leaves,
     pub(super) origin: Origin,
@@ -55,6 +57,7 @@ impl View {
             protected: block.protected(),
             dirty: block.dirty(),
             dropped: block.dropped(),
+            heat: block.heat(),
             recorded,
             origin: slot.origin,
             huge: slot.huge,
@@ -95,7 +98,7 @@ pub(super) struct Install {
 pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) -> Plan {
     let (write, cached) = match cause {
         Cause::Protected => {
-            let opens = policies.split.opens(leaf, &view.protected, &view.dirty);
+            let opens = policies.split.opens(leaf, &view.protected, &view.dirty, view.heat);
             return Plan::Open(if view.huge { view.own } else { opens });
         }
         Cause::Missing { write } => (write, false),
@@ -147,6 +150,7 @@ mod tests {
             protected: Leaves::range(100..105),
             dirty: Leaves::range(105..110),
             dropped: Leaves::range(64..66),
+            heat: 0,
             recorded: Leaves::NONE,
             origin: Origin::Buffer,
             huge: false,
@@ -237,6 +241,7 @@ mod tests {
                 protected: Leaves(words[1]) & present,
                 dirty: Leaves(words[2]) & own,
                 dropped: Leaves(words[3]) & own & !present,
+                heat: words[3][0] as u8,
                 recorded: Leaves(words[3]),
                 origin,
                 huge: false,

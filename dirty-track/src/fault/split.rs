@@ -3,7 +3,8 @@
 //! Opening a page costs the guest a fault for each page that it writes in an epoch, and tells exactly which those
 //! were. Opening the block costs one fault for all of it, keeps a huge mapping huge, and says only that something in
 //! it may have been written. The adaptive policy is exact as long as that is cheap: a block that has shown by so many
-//! dirty leaves that it is going to be dense is opened whole.
+//! dirty leaves that it is going to be dense is opened whole. And since a dense block tends to stay so, it is opened whole
+//! at its first write in the epochs that follow, and looked at leaf by leaf again after some of them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -50,17 +51,34 @@ impl Default for Threshold {
     }
 }
 
+/// Epochs that a dense block is opened whole before it is looked at again: at a threshold of 64 that look costs as much
+/// as four faults in each of them.
+const REMEMBERED: u8 = 16;
+
 impl Split {
     /// The leaves to open when `leaf` is written: `leaf` and none that is not `protected`. `dirty` are the leaves of
-    /// the block that are dirty before this write.
-    pub fn opens(self, leaf: usize, protected: &Leaves, dirty: &Leaves) -> Leaves {
+    /// the block that are dirty before this write, `heat` is what the policy [remembers](Split::remembers) of it.
+    pub fn opens(self, leaf: usize, protected: &Leaves, dirty: &Leaves, heat: u8) -> Leaves {
         let one = Leaves::one(leaf);
         let whole = match self {
             Split::Leaf => false,
             Split::Block => true,
-            Split::Adaptive(threshold) => (*dirty | one).count() >= threshold.leaves(),
+            Split::Adaptive(threshold) => heat > 0 || (*dirty | one).count() >= threshold.leaves(),
         };
         if whole { *protected | one } else { one }
+    }
+
+    /// The heat of block number `block` after an epoch in which it was written to: for so many epochs more it is opened
+    /// whole. `dirty` are the leaves that were dirty, and `coarse` those of them that were just open. Blocks that become
+    /// dense together are not looked at again in one and the same epoch.
+    pub fn remembers(self, block: u64, heat: u8, dirty: &Leaves, coarse: &Leaves) -> u8 {
+        match self {
+            Split::Adaptive(threshold) if (*dirty & !*coarse).count() >= threshold.leaves() => {
+                REMEMBERED - (block % u64::from(REMEMBERED / 2)) as u8
+            }
+            Split::Adaptive(_) => heat.saturating_sub(1),
+            Split::Leaf | Split::Block => 0,
+        }
     }
 }
 
@@ -134,10 +152,32 @@ mod tests {
     #[test]
     fn the_adaptive_policy_changes_over_with_the_leaf_that_reaches_the_threshold() {
         let protected = !Leaves::range(0..63);
-        assert_eq!(adaptive(64).opens(63, &protected, &Leaves::range(0..62)), Leaves::one(63));
-        assert_eq!(adaptive(64).opens(63, &protected, &Leaves::range(0..63)), protected);
+        assert_eq!(adaptive(64).opens(63, &protected, &Leaves::range(0..62), 0), Leaves::one(63));
+        assert_eq!(adaptive(64).opens(63, &protected, &Leaves::range(0..63), 0), protected);
         // A leaf that is dirty already and protected again counts once.
-        assert_eq!(adaptive(64).opens(5, &Leaves::ALL, &Leaves::range(0..63)), Leaves::one(5));
+        assert_eq!(adaptive(64).opens(5, &Leaves::ALL, &Leaves::range(0..63), 0), Leaves::one(5));
+    }
+
+    #[test]
+    fn a_block_that_was_dense_is_opened_whole_for_some_epochs_and_looked_at_again() {
+        let policy = adaptive(64);
+        let (exact, opened) = (Leaves::range(0..64), (Leaves::ALL, !Leaves::one(7)));
+        for block in 0..40 {
+            let mut heat = policy.remembers(block, 0, &exact, &Leaves::NONE);
+            let mut epochs = 0;
+            while heat > 0 {
+                assert_eq!(policy.opens(7, &Leaves::ALL, &Leaves::NONE, heat), Leaves::ALL);
+                heat = policy.remembers(block, heat, &opened.0, &opened.1);
+                epochs += 1;
+            }
+            assert!((9..=16).contains(&epochs), "{epochs}");
+            assert_eq!(policy.opens(7, &Leaves::ALL, &Leaves::NONE, heat), Leaves::one(7));
+            // It has cooled, and is exact from then on; or has not.
+            assert_eq!(policy.remembers(block, 0, &Leaves::range(0..63), &Leaves::NONE), 0);
+            assert_ne!(policy.remembers(block, 0, &Leaves::ALL, &Leaves::range(64..512)), 0);
+        }
+        assert_eq!(Split::Leaf.remembers(0, 3, &Leaves::ALL, &Leaves::NONE), 0);
+        assert_eq!(Split::Block.remembers(0, 3, &Leaves::ALL, &Leaves::NONE), 0);
     }
 
     proptest! {
@@ -146,10 +186,11 @@ mod tests {
             leaf in 0..512usize,
             words in any::<[[u64; 8]; 2]>(),
             threshold in 1..=512u64,
+            heat: u8,
         ) {
             let (protected, dirty) = (Leaves(words[0]), Leaves(words[1]));
             for policy in [Split::Leaf, Split::Block, adaptive(threshold)] {
-                let plan = policy.opens(leaf, &protected, &dirty);
+                let plan = policy.opens(leaf, &protected, &dirty, heat);
                 prop_assert!(plan.contains(leaf));
                 prop_assert!((protected | Leaves::one(leaf)).includes(&plan));
             }

@@ -239,6 +239,8 @@ impl<K: Kernel> Pager<K> {
                     false => self.seen(block, index)?.present & dropped,
                 };
                 take(index, block, dirty, coarse);
+                let number = block.first().block();
+                block.set_heat(self.policies.split.remembers(number, block.heat(), &dirty, &coarse));
                 block.clean(&(dirty & !still), spare)?;
                 Ok(())
             })

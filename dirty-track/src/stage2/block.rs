@@ -1,6 +1,7 @@
 //! One block, locked: what can be done to it.
 
 use std::sync::MutexGuard;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::addr::{Gfn, LEAVES_PER_BLOCK, PageRange};
 use crate::bitmap::DirtyBitmap;
@@ -62,6 +63,7 @@ pub struct Block<'a> {
     pub(super) first: Gfn,
     pub(super) own: Leaves,
     pub(super) index: usize,
+    pub(super) heat: &'a AtomicU8,
     pub(super) dirty: &'a DirtyBitmap,
 }
 
@@ -115,6 +117,16 @@ impl Block<'_> {
                 }
             }
         }
+    }
+
+    /// What a policy remembers of this block, 0 at first. Nothing here depends on it.
+    pub fn heat(&self) -> u8 {
+        self.heat.load(Ordering::Relaxed)
+    }
+
+    /// See [`heat`](Block::heat).
+    pub fn set_heat(&mut self, heat: u8) {
+        self.heat.store(heat, Ordering::Relaxed);
     }
 
     /// The leaves that are mapped.
