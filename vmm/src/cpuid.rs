@@ -11,7 +11,8 @@ const LEAF_INTEL_CACHE: u32 = 0x4;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
 const LEAF_KVM_FEATURES: u32 = 0x4000_0001;
-const LEAF_AMD_CORES: u32 = 0x8000_0008;
+/// Sizes of addresses, and AMD's number of cores.
+const LEAF_ADDRESS_SIZES: u32 = 0x8000_0008;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 /// Leaf 1, ECX: the TSC-deadline timer, which the in-kernel APIC has whether or not
@@ -45,6 +46,12 @@ pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Erro
         }
     }
     Ok(cpuid)
+}
+
+/// Bits of a physical address that a CPU with this table has; 36 where it does not say (Intel SDM vol. 3, 5.1.4).
+pub fn physical_bits(cpuid: &CpuId) -> u32 {
+    let found = cpuid.as_slice().iter().find(|entry| entry.function == LEAF_ADDRESS_SIZES);
+    found.map_or(36, |entry| entry.eax & 0xff)
 }
 
 /// The table for vCPU `id` of `cpus`: one socket, one thread a core, APIC id = vCPU id.
@@ -83,7 +90,7 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u32, id_bits: u32) 
             entry.ecx = entry.index | (kind << 8);
             entry.edx = id;
         }
-        LEAF_AMD_CORES => {
+        LEAF_ADDRESS_SIZES => {
             entry.ecx = (entry.ecx & !0xf0ff) | (id_bits << 12) | ((cpus - 1) & 0xff);
         }
         LEAF_AMD_TOPOLOGY => {

@@ -28,3 +28,4 @@ pub mod terminal;
 pub mod timing;
 pub mod track;
 pub mod vcpu;
+pub mod working_set;

@@ -8,13 +8,17 @@ use dirty_track::bitmap::DirtyBitmap;
 use dirty_track::fault::{Counts, FaultError};
 use dirty_track::rate::{FaultCost, RateError};
 use dirty_track::sys::stats::{StatId, Stats};
+use dirty_track::touched::TouchedError;
 use dirty_track::tracker::{Harvest, Tracker, TrackerError};
+use dirty_track::walk::x86::X86Error;
 use serde::Serialize;
 
 use crate::fault::{RecordReport, Served};
 use crate::forecast::{Forecast, Forecaster, Link, Seen};
 use crate::ledger::{Agreement, Ledger, LedgerError};
 use crate::machine::{Machine, Paused};
+use crate::owners::{Owners, Space};
+use crate::working_set::{Watch, WorkingSetConfig, WorkingSetReport};
 
 /// Columns of the picture of guest memory in each [`Epoch`].
 pub const COLUMNS: usize = 64;
@@ -34,6 +38,12 @@ pub enum LiveError {
     /// The sample.
     #[error("sampling guest memory: {0}")]
     Sample(#[from] RateError),
+    /// The working set.
+    #[error("--working-set: {0}")]
+    WorkingSet(#[from] TouchedError),
+    /// The guest's page tables.
+    #[error("--owners: {0}")]
+    Owners(#[from] X86Error),
 }
 
 /// What happened in one epoch.
@@ -81,6 +91,12 @@ pub struct Epoch {
     /// What the monitor served in the epoch, where it serves the guest's faults.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub served: Option<Served>,
+    /// Address spaces of the guest that map dirty pages, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owners: Option<Vec<Space>>,
+    /// What was touched in the interval that ended with this epoch, if one did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub working_set: Option<WorkingSetReport>,
     /// How the report compares with the guest's own ledger.
     pub ledger: Option<Agreement>,
     /// Guest memory from left to right in [`COLUMNS`] parts: share of dirty pages, 0 to 255, rounded up, so
@@ -197,6 +213,9 @@ pub struct Observer {
     counters: Counters,
     /// When the epoch began.
     served: Counts,
+    owners: Option<Owners>,
+    wants_working_set: Option<WorkingSetConfig>,
+    watch: Option<Watch>,
     ever: DirtyBitmap,
     epoch: u32,
     armed: Instant,
@@ -220,6 +239,9 @@ impl Observer {
             forecaster: Forecaster::new(machine.cpus(), pages, link),
             counters,
             served: machine.fault().map(|server| server.counts()).unwrap_or_default(),
+            owners: None,
+            wants_working_set: None,
+            watch: None,
             ever: DirtyBitmap::new(pages as usize),
             epoch: 0,
             armed: now,
@@ -234,6 +256,17 @@ impl Observer {
         self.cost = Some(cost);
     }
 
+    /// Looks from now on which address spaces of the guest map dirty pages. The vCPUs are stopped for a moment at each
+    /// boundary.
+    pub fn show_owners(&mut self) {
+        self.owners = Some(Owners::new(self.machine.physical_bits()));
+    }
+
+    /// Looks what is touched from arming on.
+    pub fn watch_working_set(&mut self, config: WorkingSetConfig) {
+        self.wants_working_set = Some(config);
+    }
+
     /// Begins to track. For a sharp first epoch against the ledger, call it when the guest has announced one.
     ///
     /// # Errors
@@ -243,6 +276,7 @@ impl Observer {
         machine.wait_for_ram();
         let _still = self.wants_ledger.then(|| machine.pause());
         self.tracker.arm()?;
+        self.watch = self.wants_working_set.map(|config| Watch::begin(&machine, config)).transpose()?;
         self.epoch = 1;
         if self.attach_ledger()?
             && let Some(ledger) = &mut self.ledger
@@ -271,7 +305,8 @@ impl Observer {
     pub fn close_epoch(&mut self) -> Result<Epoch, LiveError> {
         let machine = Arc::clone(&self.machine);
         let boundary = Instant::now();
-        let still: Option<Paused<'_>> = self.wants_ledger.then(|| machine.pause());
+        let stops = self.wants_ledger || self.owners.is_some();
+        let still: Option<Paused<'_>> = stops.then(|| machine.pause());
         // The guest has entered the writes of this epoch only if it knew of it from its beginning.
         let just_attached = self.attach_ledger()?;
         let unit = self.tracker.guarantees().granularity;
@@ -285,8 +320,9 @@ impl Observer {
             }
             ledger.begin(self.epoch + 1)?;
         }
+        let registers = still.as_ref().filter(|_| self.owners.is_some()).map(Paused::system_registers);
         drop(still);
-        let stall = if self.wants_ledger { boundary.elapsed() } else { Duration::ZERO };
+        let stall = if stops { boundary.elapsed() } else { Duration::ZERO };
 
         let seconds = ended.duration_since(self.began).as_secs_f64();
         let dirty_pages = harvest.count();
@@ -299,6 +335,13 @@ impl Observer {
         // An epoch of no length tells nothing.
         let _ =
             self.forecaster.add(seen, harvest.slots().iter().flat_map(|slot| slot.words().iter().copied()));
+        let owners = match (&mut self.owners, registers) {
+            (Some(owners), Some(registers)) => {
+                let dirty: Vec<_> = harvest.runs().collect();
+                Some(owners.look(machine.ram().mem(), &registers, &dirty)?)
+            }
+            _ => None,
+        };
         let dirty_blocks = harvest.dirty_blocks();
         let map = picture(&harvest);
         remember(&self.ever, &harvest);
@@ -330,6 +373,8 @@ impl Observer {
             stall_us: micros(stall),
             forecast: self.forecaster.forecast(self.cost),
             served: self.served(),
+            owners,
+            working_set: self.watch.as_mut().map(Watch::look).transpose()?.flatten(),
             ledger: agreement,
             map,
         };

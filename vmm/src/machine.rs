@@ -196,6 +196,7 @@ pub struct Machine {
     late_ram: Arc<LateRam>,
     /// Before RAM, of which it has views.
     fault: Option<Arc<Server>>,
+    physical_bits: u32,
     ram: Arc<Ram>,
     module: KvmModule,
     dirty_rings: Option<DirtyRings>,
@@ -331,6 +332,7 @@ impl Machine {
             workers: Mutex::new(workers),
             late_ram,
             fault,
+            physical_bits: cpuid::physical_bits(&base),
             ram,
             module,
             dirty_rings,
@@ -479,6 +481,11 @@ impl Machine {
             }
             Kind::Exact => Box::new(Exact::new(vm, slots)?),
         })
+    }
+
+    /// Bits of a physical address, as the guest's CPUID says.
+    pub fn physical_bits(&self) -> u32 {
+        self.physical_bits
     }
 
     /// The virtual machine, for a tracker of somebody else's making.

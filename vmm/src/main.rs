@@ -16,6 +16,7 @@ use vmm::options;
 use vmm::run::{Outcome, RunConfig, run};
 use vmm::timing::{Phase, Timing};
 use vmm::track::TrackConfig;
+use vmm::working_set::WorkingSetConfig;
 
 /// A virtual machine monitor that knows which memory its guest touched.
 #[derive(Parser)]
@@ -112,6 +113,15 @@ struct RunArgs {
     /// Stop after this time, 0 for never [default: 30s for the built-in guest, 0 with --kernel]
     #[arg(long, value_name = "TIME", value_parser = options::duration)]
     duration: Option<Duration>,
+    /// Tell which address spaces of the guest map the dirty pages, and at which virtual addresses; stops the vCPUs for
+    /// a moment at each boundary
+    #[arg(long, value_name = "SWITCH", value_enum, default_value = "off")]
+    owners: OnOff,
+    /// Tell how much of guest memory is touched, read or written, in intervals of this time: 10s. Needs
+    /// --memory shared=on, and costs the guest a fault for each page that it touches again; 10s,per-gib=512 estimates
+    /// it from a sample at next to no cost
+    #[arg(long, value_name = "TIME")]
+    working_set: Option<WorkingSetConfig>,
     /// Hold every epoch against the built-in guest's own ledger of its writes, which stops the vCPUs for a
     /// moment at each boundary
     #[arg(long, value_name = "SWITCH", value_enum, default_value = "on")]
@@ -173,6 +183,24 @@ fn fault_options(args: &RunArgs) -> Result<(), String> {
     }
 }
 
+/// Options that are about epochs, or about the memory that they need.
+fn epoch_options(args: &RunArgs) -> Result<(), &'static str> {
+    let tracks = args.track.sampled.is_none() && args.track.kind != Some(Kind::None);
+    match (args.owners, args.working_set) {
+        (OnOff::On, _) | (_, Some(_)) if !tracks => {
+            Err("--owners and --working-set are told with each epoch: they need a tracker")
+        }
+        (_, Some(_)) if args.memory.fault == Faults::Uffd => Err(
+            "--working-set is for --memory fault=kernel; with fault=uffd the end of the run tells what was touched, \
+             and --record-working-set writes it to a file",
+        ),
+        (_, Some(_)) if !args.memory.shared => {
+            Err("--working-set unmaps guest memory to see what comes back: that needs --memory shared=on")
+        }
+        _ => Ok(()),
+    }
+}
+
 fn main() -> ExitCode {
     let timing = Timing::start();
     match Cli::parse().verb {
@@ -185,6 +213,10 @@ fn main() -> ExitCode {
                 return ExitCode::from(2);
             }
             if let Err(why) = fault_options(&args) {
+                eprintln!("vmm: {why}");
+                return ExitCode::from(2);
+            }
+            if let Err(why) = epoch_options(&args) {
                 eprintln!("vmm: {why}");
                 return ExitCode::from(2);
             }
@@ -211,6 +243,8 @@ fn main() -> ExitCode {
                 link: Link { bytes_per_s: args.bandwidth, downtime_s: args.downtime.as_secs_f64() },
                 epoch: args.epoch,
                 duration: args.duration.unwrap_or(if builtin { DEFAULT_DURATION } else { Duration::ZERO }),
+                owners: args.owners == OnOff::On,
+                working_set: args.working_set,
                 ledger: args.ledger == OnOff::On,
                 json: args.json,
                 quiet: args.quiet,

@@ -4,19 +4,20 @@
 
 use std::fmt::Write;
 
+use dirty_track::addr::PAGE_SIZE;
+
 use crate::fault::Served;
 use crate::forecast::{Forecast, PrecopyReport, RateReport};
 use crate::live::{COLUMNS, Epoch, Totals, blocks};
 use crate::memory::Faults;
 use crate::options::human_size;
+use crate::owners::Space;
 use crate::sampled::{Look, Looks};
+use crate::working_set::WorkingSetReport;
 
-/// Lines of the panel, for memory whose faults are handled like that.
-pub fn height(fault: Faults) -> u16 {
-    match fault {
-        Faults::Kernel => HEIGHT,
-        Faults::Uffd => HEIGHT + 1,
-    }
+/// Lines of the panel, for memory whose faults are handled like that, and with or without its owners.
+pub fn height(fault: Faults, owners: bool) -> u16 {
+    HEIGHT + u16::from(fault == Faults::Uffd) + u16::from(owners)
 }
 
 const HEIGHT: u16 = 5;
@@ -149,7 +150,13 @@ fn verdict(epoch: &Epoch) -> Option<(String, bool)> {
 }
 
 /// The panel after `epoch`, `rates` being those of the last epochs, oldest first.
-pub fn panel(subject: &Subject, epoch: &Epoch, rates: &[f64], width: usize) -> Vec<String> {
+pub fn panel(
+    subject: &Subject,
+    epoch: &Epoch,
+    rates: &[f64],
+    working_set: Option<&WorkingSetReport>,
+    width: usize,
+) -> Vec<String> {
     let title = format!(
         "── {} {} · {} vCPU · {} · epoch {} · {:.1} s ",
         human_size(subject.ram),
@@ -188,6 +195,9 @@ pub fn panel(subject: &Subject, epoch: &Epoch, rates: &[f64], width: usize) -> V
     if epoch.stall_us > 0.0 {
         let _ = write!(second, "  stood still {:.2} ms", epoch.stall_us / 1000.0);
     }
+    if let Some(report) = working_set {
+        let _ = write!(second, "  {}", in_use(report));
+    }
     let map = if width >= COLUMNS + 12 {
         format!(" 0 {} {}", subject.paint("33", &strip(&epoch.map)), human_size(subject.ram))
     } else {
@@ -195,8 +205,38 @@ pub fn panel(subject: &Subject, epoch: &Epoch, rates: &[f64], width: usize) -> V
     };
     let mut lines = vec![subject.paint("2", &format!("{title}{rule}")), first, second];
     lines.extend(epoch.served.as_ref().map(|served| format!(" {}", serving(served))));
+    lines.extend(epoch.owners.as_ref().map(|spaces| format!(" {}", owners(spaces))));
     lines.extend([outlook(&epoch.forecast), map]);
     lines
+}
+
+/// How much of memory is in use.
+fn in_use(report: &WorkingSetReport) -> String {
+    let about = if report.interval.is_some() { "about " } else { "" };
+    format!("in use {about}{} ({:.1} %) in {:.1} s", human_size(report.bytes), report.percent, report.seconds)
+}
+
+/// The address spaces with most dirty pages.
+fn owners(spaces: &[Space]) -> String {
+    const SHOWN: usize = 2;
+    let space = |space: &Space| {
+        let mut text = format!("cr3 {:#x}", space.cr3);
+        if !space.vcpus.is_empty() {
+            let vcpus: Vec<_> = space.vcpus.iter().map(u8::to_string).collect();
+            let _ = write!(text, " (vCPU {})", vcpus.join(" "));
+        }
+        let _ = write!(text, " {} dirty pages of its own", grouped(space.user_pages));
+        if let Some(run) = space.runs.first().filter(|run| run.user) {
+            let _ = write!(text, ", {} at {:#x}", human_size(run.pages * PAGE_SIZE), run.gva);
+        }
+        text
+    };
+    let shown: Vec<_> = spaces.iter().take(SHOWN).map(space).collect();
+    let rest = if spaces.len() > SHOWN { " …" } else { "" };
+    match shown.is_empty() {
+        true => "owners unknown: no address space maps what is dirty".into(),
+        false => format!("owners {}{rest}", shown.join(" · ")),
+    }
 }
 
 /// What was served, in a line.
@@ -324,6 +364,12 @@ pub fn line(subject: &Subject, epoch: &Epoch) -> String {
     }
     if let Some(served) = &epoch.served {
         let _ = write!(text, "  {}", serving(served));
+    }
+    if let Some(report) = &epoch.working_set {
+        let _ = write!(text, "  {}", in_use(report));
+    }
+    if let Some(spaces) = &epoch.owners {
+        let _ = write!(text, "  {}", owners(spaces));
     }
     if let Some((verdict, _)) = verdict(epoch) {
         let _ = write!(text, "  ledger {verdict}");

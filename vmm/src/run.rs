@@ -40,6 +40,7 @@ use crate::terminal::{Console, Terminal, restore_on_panic};
 use crate::timing::{Phase, Timing};
 use crate::track::{SAMPLED, TrackConfig};
 use crate::vcpu::{End, PVM_HINT};
+use crate::working_set::{WorkingSetConfig, WorkingSetReport};
 
 /// What `vmm run` is asked to do.
 #[derive(Debug)]
@@ -70,6 +71,10 @@ pub struct RunConfig {
     pub epoch: Duration,
     /// Stop after this time; zero: never.
     pub duration: Duration,
+    /// Tell which address spaces map dirty pages.
+    pub owners: bool,
+    /// Tell what is touched.
+    pub working_set: Option<WorkingSetConfig>,
     /// Hold every epoch against the built-in guest's ledger.
     pub ledger: bool,
     /// JSON lines on standard output.
@@ -244,6 +249,8 @@ struct Show {
     quiet: bool,
     terminal: Option<Arc<Terminal>>,
     rates: VecDeque<f64>,
+    /// Of the interval that ended last.
+    working_set: Option<WorkingSetReport>,
     picture: Picture,
 }
 
@@ -277,12 +284,19 @@ impl Show {
             self.rates.pop_front();
         }
         self.rates.push_back(epoch.dirty_bytes_per_s);
+        self.working_set = epoch.working_set.or(self.working_set);
         if self.json {
             print_json("epoch", epoch);
         } else if self.quiet {
         } else if let Some(terminal) = &self.terminal {
             let rates = self.rates.make_contiguous();
-            terminal.draw(panel::panel(&self.subject, epoch, rates, terminal.width()));
+            terminal.draw(panel::panel(
+                &self.subject,
+                epoch,
+                rates,
+                self.working_set.as_ref(),
+                terminal.width(),
+            ));
         } else {
             eprintln!("{}", panel::line(&self.subject, epoch));
         }
@@ -360,7 +374,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     let stdin = io::stdin();
     let raw = (!builtin && stdin.is_terminal()).then(|| RawMode::enter(stdin.as_raw_fd()).ok()).flatten();
     let terminal = if panel_wanted && io::stdout().is_terminal() {
-        Terminal::open(panel::height(config.memory.fault))
+        Terminal::open(panel::height(config.memory.fault, config.owners))
     } else {
         None
     };
@@ -452,6 +466,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         json: config.json,
         quiet: config.quiet,
         terminal: terminal.clone(),
+        working_set: None,
         rates: VecDeque::with_capacity(16),
         picture: Picture::default(),
     };
@@ -460,7 +475,13 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     let body: Option<Box<dyn FnOnce() -> Observed + Send>> = match (tracker, config.track.sampled) {
         (Some(tracker), _) => {
             let ledger = builtin && config.ledger;
-            let observer = Observer::new(Arc::clone(&machine), tracker, ledger, config.link);
+            let mut observer = Observer::new(Arc::clone(&machine), tracker, ledger, config.link);
+            if config.owners {
+                observer.show_owners();
+            }
+            if let Some(config) = config.working_set {
+                observer.watch_working_set(config);
+            }
             Some(Box::new(move || observe(observer, show, &plan, &finished, &observer_failed)))
         }
         (None, Some(per_gib)) => {

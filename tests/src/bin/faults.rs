@@ -219,7 +219,9 @@ fn splits(cli: &Cli) -> Result<(), Error> {
             ways.push(Way::served(&format!("split {split}"), policies));
         }
         in_turns(cli, &format!("an epoch of a guest that {what}"), "ms", &ways, |way| {
-            let tracker: Arc<Mutex<Option<(Box<dyn Tracker>, bool)>>> = Arc::default();
+            /// And whether it is armed.
+            type Armed = (Box<dyn Tracker>, bool);
+            let tracker: Arc<Mutex<Option<Armed>>> = Arc::default();
             let for_bell = Arc::clone(&tracker);
             let at = move |bell| {
                 if bell == Doorbell::Pass
