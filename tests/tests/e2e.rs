@@ -401,6 +401,33 @@ fn huge_mappings_are_split_by_writes_and_come_back_after_disarm() {
     end_well(&machine, &observer);
 }
 
+/// The built-in guest has one address space, and all that it writes is its own.
+#[test]
+fn dirty_pages_have_an_owner() {
+    if no_kvm("dirty_pages_have_an_owner") {
+        return;
+    }
+    for (cpus, map) in [(1, "2m"), (2, "4k")] {
+        let cmdline = format!("workload=rand region=32M map={map} passes=0 verify=on");
+        let machine = start(config(&cmdline, cpus, 64 * MIB, HugePages::Thp));
+        let mut observer =
+            Observer::new(Arc::clone(&machine), tracker(&machine, Kind::KvmManual), true, LINK);
+        observer.show_owners();
+        observer.arm().unwrap();
+        let begin = observer.ledger().unwrap().accesses().unwrap();
+        wait_until("the guest gets on", || observer.ledger().unwrap().accesses().unwrap() - begin >= 2000);
+        let epoch = observer.close_epoch().unwrap();
+        let owners = epoch.owners.expect("it was asked for");
+        let [space] = &owners[..] else { panic!("{owners:?}") };
+        assert_eq!(space.vcpus, (0..cpus).collect::<Vec<_>>());
+        assert!(space.complete && space.user_pages <= space.pages && space.pages <= epoch.dirty_pages);
+        let wrote = epoch.ledger.unwrap().wrote;
+        assert!(wrote > 1000 && space.user_pages >= wrote, "{wrote} written, {space:?}");
+        assert!(space.runs.iter().all(|run| run.user && run.writable));
+        end_well(&machine, &observer);
+    }
+}
+
 /// The guest's own demand paging does as the monitor's: of the pages that one of its faults maps, those that came along
 /// have no accessed bit, and a walk over its tables tells them from the ones that it touched.
 #[test]

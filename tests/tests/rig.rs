@@ -116,30 +116,41 @@ fn linux_guest(store: &Store, host: &Host, series: &str, cpus: u32, monitor: &st
     assert_eq!(outcome.status, 0, "{console}");
 }
 
-fn vmm_boots_linux(test: &str, kernel: &str, series: &str, cpus: u32, track: &str) {
+fn vmm_boots_linux(test: &str, kernel: &str, series: &str, cpus: u32, options: &str) {
     let Some(store) = store_or_skip(test, series) else { return };
     let tools = e2e::with_vmm(Payload::default()).unwrap();
     let monitor = format!(
-        "vmm run --quiet --track {track} --memory size=256M --cpus {cpus} --kernel /images/{kernel} \
+        "vmm run --quiet {options} --cpus {cpus} --kernel /images/{kernel} \
          --initrd /images/initrd --cmdline \"$CMDLINE\" --disk path=/tmp/disk"
     );
     linux_guest(&store, &Host::default(), series, cpus, &monitor, tools);
 }
 
+/// Every page that it touches is brought by the monitor, every first write is seen by it.
 #[test]
-fn vmm_boots_stock_linux_on_one_cpu() {
-    vmm_boots_linux("vmm_boots_stock_linux_on_one_cpu", "vmlinux", "6.12", 1, "none");
+fn vmm_boots_stock_linux_and_serves_its_faults() {
+    let test = "vmm_boots_stock_linux_and_serves_its_faults";
+    let options =
+        "--memory size=256M,huge=thp,fault=uffd --prefault around=64K --prefault-age old --track exact";
+    vmm_boots_linux(test, "vmlinux", "6.12", 1, options);
 }
 
 #[test]
 fn vmm_boots_stock_linux_on_two_cpus_and_tracks_it() {
     let test = "vmm_boots_stock_linux_on_two_cpus_and_tracks_it";
-    vmm_boots_linux(test, "vmlinux", "6.12", 2, "kvm-manual");
+    let options = "--memory size=256M,shared=on --track kvm-manual --owners on --working-set 2s";
+    vmm_boots_linux(test, "vmlinux", "6.12", 2, options);
 }
 
 #[test]
 fn vmm_boots_a_stock_bzimage_of_an_older_kernel() {
-    vmm_boots_linux("vmm_boots_a_stock_bzimage_of_an_older_kernel", "bzImage", "6.1", 2, "none");
+    vmm_boots_linux(
+        "vmm_boots_a_stock_bzimage_of_an_older_kernel",
+        "bzImage",
+        "6.1",
+        2,
+        "--memory size=256M --track none",
+    );
 }
 
 /// The yardstick: QEMU's microvm, which shows that rig, kernel and initramfs are good.
@@ -155,7 +166,7 @@ fn qemu_boots_stock_linux_on_two_cpus() {
 
 /// What a host in the rig may lack, as the tests that are skipped for it say: anything else has to be there.
 fn may_lack(host: &Host, reason: &str) -> bool {
-    let always = ["does not emulate ring 0", "is on a tmpfs"];
+    let always = ["does not emulate ring 0", "is on a tmpfs", "no swap: ", "no memory cgroups"];
     // userfaultfd's write protection of what is not mapped yet, and its asynchronous form, came with 6.4 and 6.7.
     let before_6_4 = ["UFFD_FEATURE_WP_UNPOPULATED", "this host lacks", "no userfaultfd"];
     let lacks = |words: &[&str]| words.iter().any(|words| reason.contains(words));
