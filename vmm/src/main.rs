@@ -93,8 +93,9 @@ struct RunArgs {
     #[arg(long, value_name = "SWITCH", value_enum)]
     rng: Option<OnOff>,
     /// How to know which pages the guest writes: auto, none, kvm-bitmap, kvm-manual, kvm-ring[,entries=4096],
-    /// uffd-sync[,unit=4k|2m], uffd-async, uffd-serve (with fault=uffd, as are uffd-sync and exact there), exact; `vmm doctor` tells what each is good for. Or
-    /// sampled[,per-gib=512]: just the rate, from a sample of pages, at next to no cost to the guest
+    /// uffd-sync[,unit=4k|2m], uffd-async, exact; with fault=uffd just none, KVM's own, and uffd-serve, which exact
+    /// means there. `vmm doctor` tells what each is good for. Or sampled[,per-gib=512]: just the rate, from a sample of
+    /// pages, at next to no cost to the guest
     #[arg(long, value_name = "TRACKER", default_value = "auto")]
     track: TrackConfig,
     /// What is write-protected again at the end of an epoch: all, or dense-skip[,threshold=75%][,for-epochs=16],
