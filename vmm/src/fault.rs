@@ -5,7 +5,7 @@
 //! way that tells what the guest touched from what came along. Memory that is tracked is tracked by the server, too.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -127,13 +127,20 @@ pub fn start(
 
 const CPUS_PER_HANDLER: usize = 8;
 
-/// Writes what the guest is known to have touched to `path`.
+/// Writes what the guest is known to have touched to `path`: beside it first, so that what was there is whole until it
+/// is replaced.
 ///
 /// # Errors
 /// [`WorkingSetError::File`].
 pub fn record(server: &Server, path: &Path) -> Result<(), WorkingSetError> {
     let text = WorkingSet::touched(server.stage2()).to_string();
-    fs::write(path, text).map_err(|source| WorkingSetError::File { path: path.to_owned(), source })
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let written = tempfile::NamedTempFile::new_in(directory).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.as_file().sync_all()?;
+        Ok(file.persist(path)?)
+    });
+    written.map(drop).map_err(|source| WorkingSetError::File { path: path.to_owned(), source })
 }
 
 /// What was served, as it is shown.
