@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use dirty_track::addr::PAGE_SIZE;
 use dirty_track::fault::{Age, Policies, Prefault, WorkingSet};
 use dirty_track::sys::uffd::{Mode, Uffd, Wait};
@@ -27,12 +27,29 @@ type Error = Box<dyn std::error::Error>;
 /// Measure what serving the guest's faults costs it, under each policy
 #[derive(Parser)]
 struct Cli {
+    /// What to measure; all of it if nothing is named
+    #[arg(value_enum)]
+    what: Vec<What>,
     /// Memory that the guest works in, in MiB
     #[arg(long, default_value_t = 256)]
     region: u64,
     /// Runs of each policy; medians of them are shown
     #[arg(long, default_value_t = 5)]
     runs: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// First touches of all of memory, in order
+    Cold,
+    /// First touches here and there
+    Sparse,
+    /// A run over what an earlier one touched
+    Recorded,
+    /// Epochs, by what a first write opens
+    Splits,
+    /// Single first writes
+    Writes,
 }
 
 /// How long the guest may make no progress.
@@ -44,9 +61,15 @@ fn main() -> ExitCode {
         skip::skip("faults", &error.to_string());
         return ExitCode::SUCCESS;
     }
-    let pages = cli.region * 256;
-    let tables = [cold(&cli), sparse(&cli), recorded(&cli, pages / 5), splits(&cli), first_writes(&cli)];
-    for outcome in tables {
+    let chosen = if cli.what.is_empty() { What::value_variants() } else { &cli.what };
+    for what in chosen {
+        let outcome = match what {
+            What::Cold => cold(&cli),
+            What::Sparse => sparse(&cli),
+            What::Recorded => recorded(&cli, cli.region * 256 / 5),
+            What::Splits => splits(&cli),
+            What::Writes => first_writes(&cli),
+        };
         if let Err(error) = outcome {
             eprintln!("faults: {error}");
             return ExitCode::FAILURE;
