@@ -204,7 +204,7 @@ impl Cgroup {
             for _ in 0..100 {
                 match fs::write(self.path.join(self.limit), next.to_string()) {
                     Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-                        thread::sleep(Duration::from_millis(1))
+                        thread::sleep(Duration::from_millis(1));
                     }
                     outcome => {
                         outcome.unwrap();
