@@ -181,9 +181,10 @@ impl<K: Kernel> Pager<K> {
                 }
                 Plan::Install(install) if slot.has_at_hand(worker, &install) => {
                     let (end, done) = self.install(worker, &mut block, index, Some(leaf), &install)?;
+                    let young = block.present() & !block.old() | Leaves::one(leaf);
                     drop((block, no_news));
                     let outcome = self.wake(index, gfn, done | Leaves::one(leaf), end);
-                    self.cool(index, gfn, &(done & !Leaves::one(leaf)));
+                    self.cool(index, gfn, &(done & !Leaves::one(leaf)), &young);
                     return outcome;
                 }
                 Plan::Install(install) => {
@@ -355,10 +356,7 @@ impl<K: Kernel> Pager<K> {
         }
         // One call wakes more cheaply than several, and whoever is woken in vain looks again.
         let first = Gfn(gfn.block() * LEAVES_PER_BLOCK);
-        let hull = leaves.runs().fold(None, |hull: Option<Range<usize>>, run| match hull {
-            Some(hull) => Some(hull.start..run.end),
-            None => Some(run),
-        });
+        let hull = leaves.runs().reduce(|hull, run| hull.start..run.end);
         match (end, hull) {
             (End::Failed(source), _) => Err(FaultError::Install { gfn, source }),
             (End::Done | End::Again, Some(hull)) => {
@@ -370,11 +368,21 @@ impl<K: Kernel> Pager<K> {
     }
 
     /// After everybody is awake: pages that came along and are old look unused to the host.
-    fn cool(&self, index: usize, gfn: Gfn, along: &Leaves) {
+    fn cool(&self, index: usize, gfn: Gfn, along: &Leaves, young: &Leaves) {
         if self.policies.age == Age::Old && !self.slots[index].huge {
             let first = Gfn(gfn.block() * LEAVES_PER_BLOCK);
-            along.runs().for_each(|run| self.kernel.cold(index, self.slots[index].pages(first, &run)));
+            hulls(along, young, |run| self.kernel.cold(index, self.slots[index].pages(first, &run)));
         }
+    }
+}
+
+/// Gives `each` the leaves `along` in as few runs as leave out the `young` ones. What else they have is absent, or old
+/// already.
+fn hulls(along: &Leaves, young: &Leaves, mut each: impl FnMut(Range<usize>)) {
+    for gap in (!*young).runs() {
+        let inside = *along & Leaves::range(gap);
+        let hull = inside.runs().reduce(|hull, run| hull.start..run.end);
+        hull.into_iter().for_each(&mut each);
     }
 }
 

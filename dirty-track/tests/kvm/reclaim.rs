@@ -123,7 +123,8 @@ fn in_the_cgroup(age: Age) {
     while from < end {
         let mut found = [Found::NOTHING; 64];
         let (runs, next) = pagemap.mapped(from, end, &mut found).unwrap();
-        for address in found[..runs].iter().flat_map(|run| run.addresses().step_by(PAGE_SIZE as usize)) {
+        let present = found[..runs].iter().filter(|run| !run.is_swapped());
+        for address in present.flat_map(|run| run.addresses().step_by(PAGE_SIZE as usize)) {
             kept[usize::from(!is_touched((address - slot.hva()) / PAGE_SIZE))] += 1;
         }
         from = next;

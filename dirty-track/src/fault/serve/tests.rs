@@ -665,3 +665,21 @@ fn a_harvest_waits_for_who_is_opening_a_page() {
         assert_eq!(harvested, 1, "protected: {protected}");
     }
 }
+
+proptest! {
+    #[test]
+    fn few_runs_reach_all_that_came_along_and_nothing_that_is_young(words in any::<[[u64; 8]; 3]>()) {
+        // Sparse ones, so that there are gaps.
+        let young = Leaves(words[0]) & Leaves(words[1]);
+        let along = Leaves(words[1]) & Leaves(words[2]) & !young;
+        let (mut reached, mut calls) = (Leaves::NONE, 0);
+        hulls(&along, &young, |run| {
+            assert!(along.contains(run.start) && along.contains(run.end - 1));
+            reached |= Leaves::range(run);
+            calls += 1;
+        });
+        prop_assert!(reached.includes(&along));
+        prop_assert!((reached & young).is_empty());
+        prop_assert!(calls <= young.count() + 1);
+    }
+}
