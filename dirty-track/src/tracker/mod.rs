@@ -297,6 +297,7 @@ impl From<FaultError> for TrackerError {
     fn from(error: FaultError) -> TrackerError {
         match error {
             FaultError::Slots(error) => error,
+            FaultError::Userfaultfd(error) => TrackerError::Userfaultfd(error),
             error => TrackerError::Serve(Box::new(error)),
         }
     }
