@@ -9,12 +9,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use dirty_track::addr::{BLOCK_SIZE, Gfn, PAGE_SIZE, PageRange};
+use dirty_track::addr::{Gfn, PAGE_SIZE, PageRange};
 use dirty_track::fault::{
     Age, Config, Counts, FaultError, FaultTracker, FileRegion, PageSource, Policies, Prefault, Server,
     Source, Split, Staging, Threshold, WorkingSet,
 };
-use dirty_track::sys::collapse::collapse;
 use dirty_track::tracker::Tracker;
 use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
@@ -518,17 +517,6 @@ fn race(test: &str, kvm: &Kvm, policies: Policies, rounds: u32) {
                 thread::sleep(Duration::from_micros(300));
             }
         });
-        // khugepaged's work. The kernel refuses a block with protected pages.
-        let collapses = scope.spawn(|| {
-            let mut block = 0;
-            while done.load(Ordering::SeqCst) < 2 {
-                for slot in &machine.slots {
-                    let _ = collapse(slot, block * BLOCK_SIZE % slot.len());
-                }
-                block += 1;
-                thread::sleep(Duration::from_micros(700));
-            }
-        });
         let mut harvests = 0u32;
         loop {
             let last = done.load(Ordering::SeqCst) == 2;
@@ -549,7 +537,6 @@ fn race(test: &str, kvm: &Kvm, policies: Policies, rounds: u32) {
             }
         }
         drops.join().unwrap();
-        collapses.join().unwrap();
     });
     let now: Vec<_> = machine.stamps().into_iter().filter(|(gfn, _)| kept(gfn)).collect();
     assert_eq!(copy, now);
@@ -571,8 +558,8 @@ fn check_running(server: &Server) {
 }
 
 #[test]
-fn writers_harvests_drops_and_collapses_at_once_lose_nothing() {
-    let test = "fault::writers_harvests_drops_and_collapses_at_once_lose_nothing";
+fn writers_harvests_and_drops_at_once_lose_nothing() {
+    let test = "fault::writers_harvests_and_drops_at_once_lose_nothing";
     let Some(kvm) = kvm(test) else { return };
     // A soak of as many minutes takes this many times as long.
     let soak = std::env::var("SOAK").ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(1);
