@@ -117,7 +117,9 @@ mod tests {
         let every = Duration::from_secs(10);
         assert_eq!(parse("10s"), Ok(WorkingSetConfig { every, per_gib: None }));
         assert_eq!(parse("10s,per-gib=512"), Ok(WorkingSetConfig { every, per_gib: Some(512) }));
-        for bad in ["x", "10s,per-gib=0", "10s,per-gib=x", "10s,more=1", "per-gib=3"] {
+        // As with all options, what is between commas may be nothing.
+        assert_eq!(parse("10s,"), parse("10s"));
+        for bad in ["", "x", "10s,per-gib=0", "10s,per-gib=x", "10s,more=1", "per-gib=3"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }
