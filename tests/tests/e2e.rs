@@ -256,7 +256,8 @@ fn blocks_left_writable_cost_no_faults() {
     if all == 0 {
         return skip::skip("blocks_left_writable_cost_no_faults", "this KVM does not count page faults");
     }
-    assert!(all >= 8 * PAGES, "{all} faults");
+    // KVM's counter is read a while after the harvest, so up to a pass of the first epoch counts as before it.
+    assert!(all >= 7 * PAGES, "{all} faults");
     let skipped = faults(Rearm::DenseSkip(DenseSkip::default()));
     assert!(skipped < all / 20, "{skipped} faults with dense-skip, {all} without");
 }
