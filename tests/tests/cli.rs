@@ -375,6 +375,9 @@ fn the_monitor_serves_the_faults_of_its_guest() {
     assert!(served("old") > 0 && served("old") == served("prefaulted"), "{summary}");
     assert!(served("old_hits") > 0 && served("failures") == 0, "{summary}");
     assert_eq!(summary["record"]["harmful"], 0, "{summary}");
+    // Where KVM shadows page tables it cannot be held against the record by number.
+    let unexplained = &summary["record"]["kvm_unexplained"];
+    assert!(unexplained.is_null() || *unexplained == 0, "{summary}");
     let recorded = fs::read_to_string(set).unwrap().parse::<dirty_track::fault::WorkingSet>().unwrap();
     assert_eq!(summary["record"]["touched"], recorded.pages());
     // A log of KVM's beside it, and what the first run touched.

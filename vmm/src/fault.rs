@@ -12,6 +12,7 @@ use std::str::FromStr;
 use dirty_track::fault::{
     Age, Config, Counts, FaultError, ParseError, Policies, Prefault, Server, Source, Split, WorkingSet,
 };
+use dirty_track::stage2::SecondLevel;
 use dirty_track::tracker::Slot;
 use serde::Serialize;
 
@@ -238,9 +239,13 @@ pub struct RecordReport {
     pub untouched: u64,
     /// Bytes of memory that the record takes.
     pub bytes: usize,
-    /// Second-level mappings that KVM has, in pages of 4 KiB. More than `present` means that it maps pages twice,
-    /// which shadow paging does.
+    /// Second-level mappings that KVM has, in pages of 4 KiB.
     pub kvm_maps: Option<u64>,
+    /// Of these, pages that the record does not have. There must be none. `None` where KVM shadows page tables: it maps
+    /// pages twice then.
+    pub kvm_unexplained: Option<u64>,
+    /// Blocks that KVM maps as one and the record does not: harmless.
+    pub kvm_huge_unexplained: Option<u64>,
     /// Pages that can be written without the record knowing. There must be none.
     pub harmful: u64,
     /// Pages of which the kernel and the record think differently without harm.
@@ -254,34 +259,33 @@ pub struct RecordReport {
 const SPELLED_OUT: usize = 8;
 
 impl RecordReport {
-    /// Holds the record against the kernel, while nobody drops memory. `kvm_maps` is what KVM says that it maps.
+    /// Whether a write may have been missed.
+    pub fn contradicted(&self) -> bool {
+        self.harmful + self.kvm_unexplained.unwrap_or(0) > 0
+    }
+
+    /// Holds the record against the kernel, while the guest stands and nobody drops memory. `kvm` is what KVM says that
+    /// it maps; each page once, or not.
     ///
     /// # Errors
     /// See [`Server::check`].
-    pub fn new(server: &Server, kvm_maps: Option<u64>) -> Result<RecordReport, FaultError> {
+    pub fn new(server: &Server, kvm: Option<SecondLevel>, once: bool) -> Result<RecordReport, FaultError> {
         let found = server.check()?;
         let pages = |harmful| {
             found.iter().filter(|one| one.what.is_harmful() == harmful).map(|one| one.pages.pages).sum()
         };
         let stage2 = server.stage2();
-        let mut present = 0;
-        for slot in stage2.slots() {
-            let outcome = stage2.each(slot, |block, _| {
-                present += block.present().count() as u64;
-                Ok::<_, std::convert::Infallible>(())
-            });
-            match outcome {
-                Ok(()) => {}
-                Err(never) => match never {},
-            }
-        }
+        let mapped = stage2.mapped();
+        let unexplained = kvm.map(|kvm| mapped.leaves_unexplained(&kvm, once));
         let touched = WorkingSet::touched(stage2).pages();
         Ok(RecordReport {
-            present,
+            present: mapped.pages,
             touched,
-            untouched: present - touched.min(present),
+            untouched: mapped.pages - touched.min(mapped.pages),
             bytes: stage2.bytes(),
-            kvm_maps,
+            kvm_maps: kvm.map(|kvm| kvm.pages()),
+            kvm_unexplained: unexplained.and_then(|found| found.pages),
+            kvm_huge_unexplained: unexplained.map(|found| found.huge),
             harmful: pages(true),
             harmless: pages(false),
             differences: found.iter().take(SPELLED_OUT).map(ToString::to_string).collect(),

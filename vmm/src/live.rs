@@ -7,6 +7,7 @@ use dirty_track::addr::{BLOCK_SIZE, PAGE_SIZE};
 use dirty_track::bitmap::DirtyBitmap;
 use dirty_track::fault::{Counts, FaultError};
 use dirty_track::rate::{FaultCost, RateError};
+use dirty_track::stage2::SecondLevel;
 use dirty_track::sys::stats::{StatId, Stats};
 use dirty_track::touched::TouchedError;
 use dirty_track::tracker::{Harvest, Tracker, TrackerError};
@@ -15,6 +16,7 @@ use serde::Serialize;
 
 use crate::fault::{RecordReport, Served};
 use crate::forecast::{Forecast, Forecaster, Link, Seen};
+use crate::host::Mmu;
 use crate::ledger::{Agreement, Ledger, LedgerError};
 use crate::machine::{Machine, Paused};
 use crate::owners::{Owners, Space};
@@ -161,14 +163,14 @@ struct Counters {
 
 struct VmCounters {
     stats: Stats,
-    pages: [Option<StatId>; 3],
+    pages: [StatId; 3],
 }
 
 impl Counters {
     fn new(machine: &Machine) -> Counters {
-        let vm = machine.vm_stats().ok().map(|stats| {
-            let pages = ["pages_4k", "pages_2m", "pages_1g"].map(|name| stats.find(name));
-            VmCounters { stats, pages }
+        let vm = machine.vm_stats().ok().and_then(|stats| {
+            let pages = [stats.find("pages_4k")?, stats.find("pages_2m")?, stats.find("pages_1g")?];
+            Some(VmCounters { stats, pages })
         });
         let faults = machine.take_vcpu_stats().into_iter();
         let faults = faults.filter_map(|stats| stats.find("pf_taken").map(|id| (stats, id))).collect();
@@ -177,12 +179,12 @@ impl Counters {
         counters
     }
 
-    fn pages(&mut self) -> [Option<u64>; 3] {
-        let Some(vm) = &mut self.vm else { return [None; 3] };
-        match vm.stats.refresh() {
-            Ok(()) => vm.pages.map(|id| id.map(|id| vm.stats.get(id))),
-            Err(_) => [None; 3],
-        }
+    /// What KVM maps now.
+    fn maps(&mut self) -> Option<SecondLevel> {
+        let VmCounters { stats, pages } = self.vm.as_mut()?;
+        stats.refresh().ok()?;
+        let [pages_4k, pages_2m, pages_1g] = pages.map(|id| stats.get(id));
+        Some(SecondLevel { pages_4k, pages_2m, pages_1g })
     }
 
     /// Faults since the last call.
@@ -347,7 +349,7 @@ impl Observer {
         remember(&self.ever, &harvest);
         harvest.commit();
 
-        let [pages_4k, pages_2m, pages_1g] = self.counters.pages();
+        let maps = self.counters.maps();
         let faults = self.counters.faults();
         let slowdown_percent = self.cost.map(|cost| {
             let available = seconds * 1e9 * machine.cpus() as f64;
@@ -363,9 +365,9 @@ impl Observer {
             vcpu_pages,
             dirty_bytes_per_s: (dirty_pages * PAGE_SIZE) as f64 / seconds,
             dirty_blocks,
-            pages_4k,
-            pages_2m,
-            pages_1g,
+            pages_4k: maps.map(|maps| maps.pages_4k),
+            pages_2m: maps.map(|maps| maps.pages_2m),
+            pages_1g: maps.map(|maps| maps.pages_1g),
             host_huge_bytes: machine.ram().host_pages().ok().map(|pages| pages.thp),
             faults,
             slowdown_percent,
@@ -402,9 +404,8 @@ impl Observer {
         let machine = Arc::clone(&self.machine);
         let Some(server) = machine.fault() else { return Ok(()) };
         let _still = machine.pause();
-        let [small, huge, giant] = self.counters.pages();
-        let pages = small.map(|pages| pages + huge.unwrap_or(0) * 512 + giant.unwrap_or(0) * (512 * 512));
-        self.totals.record = Some(RecordReport::new(server, pages)?);
+        let once = matches!(Mmu::of(machine.module()), Mmu::Ept | Mmu::Npt);
+        self.totals.record = Some(RecordReport::new(server, self.counters.maps(), once)?);
         self.totals.served = Some(Served::new(&server.counts(), None));
         Ok(())
     }
@@ -479,7 +480,7 @@ impl Totals {
     /// Whether the ledger contradicts the tracker: a page missed, or one reported that the guest neither wrote
     /// nor read and that no guarantee covers. Or the kernel contradicts the record of how RAM is mapped.
     pub fn contradicted(&self) -> bool {
-        self.record.as_ref().is_some_and(|record| record.harmful > 0)
+        self.record.as_ref().is_some_and(RecordReport::contradicted)
             || self.missed > 0
             || self.extra > self.extra_read + self.extra_coarse
             || self.stray > 0

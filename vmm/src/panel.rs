@@ -496,9 +496,12 @@ pub fn summary(subject: &Subject, totals: &Totals, picture: &Picture, host: Opti
         say("faults", serving(served));
     }
     if let Some(record) = &totals.record {
-        let verdict = match record.harmful {
-            0 => subject.paint("32", "agrees with the kernel"),
-            pages => {
+        let verdict = match (record.harmful, record.kvm_unexplained.unwrap_or(0)) {
+            (0, 0) => subject.paint("32", "agrees with the kernel"),
+            (0, pages) => {
+                subject.paint("1;31", &format!("KVM maps {} pages that it does not have", grouped(pages)))
+            }
+            (pages, _) => {
                 subject.paint("1;31", &format!("DISAGREES with the kernel about {} pages", grouped(pages)))
             }
         };

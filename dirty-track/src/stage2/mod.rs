@@ -73,7 +73,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::addr::{Gfn, LEAVES_PER_BLOCK, PageRange};
 use crate::bitmap::{self, DirtyBitmap};
 
-pub use agree::{Difference, Disagreement, Seen};
+pub use agree::{Difference, Disagreement, Mapped, SecondLevel, Seen, Unexplained};
 pub use block::{Block, Contents, Kind, Mapping, NotHuge};
 pub use leaves::Leaves;
 pub use state::{Leaf, NoMemory, Spare};

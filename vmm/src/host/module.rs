@@ -97,7 +97,7 @@ fn module_in(modules: &Path, processor_has: &mut dyn FnMut(&str) -> bool) -> Kvm
 
 impl Mmu {
     /// The MMU that `module` uses on this host.
-    pub(super) fn of(module: KvmModule) -> Mmu {
+    pub fn of(module: KvmModule) -> Mmu {
         Mmu::in_modules(Path::new("/sys/module"), module)
     }
 
