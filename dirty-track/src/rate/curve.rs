@@ -14,23 +14,41 @@ pub struct Point {
 
 /// Measures how the number of distinct pages grows with time: over one epoch, over two, and so on.
 ///
+/// What is taken from unions of epochs is how far the epochs overlap; how much an epoch has is the mean of all of them. So
+/// a guest that writes faster and faster is measured by all of its epochs at every length.
+///
 /// The union of the epochs is kept in a bitmap of the guest's size, which is made once.
 #[derive(Debug)]
 pub struct Growth {
-    span: usize,
     union: Vec<u64>,
+    /// Since the union was empty: epochs, pages of each epoch added up, pages of the union.
     epochs: usize,
-    sum: Point,
-    /// For each length, the mean so far: (seconds, pages, number of measurements).
-    means: Vec<(f64, f64, u32)>,
+    added: u64,
+    united: u64,
+    /// Of all epochs.
+    total: Total,
+    /// For each length, over all unions of it: pages of the epochs added up, and of their union.
+    overlaps: Vec<(u64, u64)>,
+}
+
+#[derive(Debug, Default)]
+struct Total {
+    epochs: u64,
+    seconds: f64,
+    pages: u64,
 }
 
 impl Growth {
     /// Measures over unions of 1 to `span` epochs (at least 1).
     pub fn new(span: usize) -> Growth {
-        let span = span.max(1);
-        let sum = Point { seconds: 0.0, pages: 0 };
-        Growth { span, union: Vec::new(), epochs: 0, sum, means: vec![(0.0, 0.0, 0); span] }
+        Growth {
+            union: Vec::new(),
+            epochs: 0,
+            added: 0,
+            united: 0,
+            total: Total::default(),
+            overlaps: vec![(0, 0); span.max(1)],
+        }
     }
 
     /// Adds an epoch of `seconds` that yielded `harvest`. It allocates at the first call, and when the guest
@@ -47,34 +65,41 @@ impl Growth {
     /// # Errors
     /// As [`add`](Growth::add).
     pub fn add_words(&mut self, set: impl Iterator<Item = u64>, seconds: f64) -> Result<(), RateError> {
-        self.sum.seconds += positive("an epoch's length in seconds", seconds)?;
+        self.total.seconds += positive("an epoch's length in seconds", seconds)?;
+        let mut pages = 0;
         for (index, word) in set.enumerate() {
             if index == self.union.len() {
                 self.union.push(0);
             }
-            let new = word & !self.union[index];
-            if new != 0 {
-                self.union[index] |= new;
-                self.sum.pages += u64::from(new.count_ones());
+            if word != 0 {
+                pages += u64::from(word.count_ones());
+                self.united += u64::from((word & !self.union[index]).count_ones());
+                self.union[index] |= word;
             }
         }
-        let (mean_seconds, mean_pages, count) = &mut self.means[self.epochs];
-        *count += 1;
-        *mean_seconds += (self.sum.seconds - *mean_seconds) / f64::from(*count);
-        *mean_pages += (self.sum.pages as f64 - *mean_pages) / f64::from(*count);
+        self.total.epochs += 1;
+        self.total.pages += pages;
+        self.added += pages;
+        let (added, united) = &mut self.overlaps[self.epochs];
+        *added += self.added;
+        *united += self.united;
         self.epochs += 1;
-        if self.epochs == self.span {
-            self.epochs = 0;
+        if self.epochs == self.overlaps.len() {
             self.union.fill(0);
-            self.sum = Point { seconds: 0.0, pages: 0 };
+            (self.epochs, self.added, self.united) = (0, 0, 0);
         }
         Ok(())
     }
 
-    /// Means so far, from one epoch on upwards.
+    /// What was measured, from one epoch on upwards.
     pub fn points(&self) -> impl Iterator<Item = Point> + '_ {
-        let measured = self.means.iter().filter(|(_, _, count)| *count > 0);
-        measured.map(|&(seconds, pages, _)| Point { seconds, pages: pages.round() as u64 })
+        let Total { epochs, seconds, pages } = self.total;
+        let measured = (1..=epochs).zip(&self.overlaps);
+        measured.map(move |(length, &(added, united))| {
+            let part = length as f64 / epochs as f64;
+            let distinct = if added > 0 { united as f64 / added as f64 } else { 1.0 };
+            Point { seconds: seconds * part, pages: (pages as f64 * part * distinct).round() as u64 }
+        })
     }
 }
 
@@ -311,29 +336,43 @@ mod tests {
             prop_assert!(at.windows(3).all(|trio| trio[2] - trio[1] <= (trio[1] - trio[0]) * 1.000_001 + 1e-3));
         }
 
+        /// At every length, pages of the mean epoch times the share of them that is not there twice.
         #[test]
         fn growth_counts_unions(
             epochs in prop::collection::vec(prop::collection::vec(any::<bool>(), 200), 1..12),
             span in 1..5usize,
         ) {
+            let count = |set: &[bool]| set.iter().filter(|&&dirty| dirty).count() as f64;
             let mut growth = Growth::new(span);
-            let mut expected = vec![Vec::new(); span];
-            let mut union = [false; 200];
+            let mut unions = vec![(0.0, 0.0); span];
             for (index, epoch) in epochs.iter().enumerate() {
-                if index % span == 0 {
-                    union.fill(false);
-                }
-                union.iter_mut().zip(epoch).for_each(|(all, &new)| *all |= new);
                 growth.add_words(words(epoch), 0.5).unwrap();
-                expected[index % span].push(union.iter().filter(|&&dirty| dirty).count() as f64);
+                let length = index % span + 1;
+                let together = &epochs[index + 1 - length..=index];
+                let union: Vec<_> = (0..200).map(|page| together.iter().any(|epoch| epoch[page])).collect();
+                unions[length - 1].0 += together.iter().map(|epoch| count(epoch)).sum::<f64>();
+                unions[length - 1].1 += count(&union);
             }
+            let mean = epochs.iter().map(|epoch| count(epoch)).sum::<f64>() / epochs.len() as f64;
             let points: Vec<_> = growth.points().collect();
             prop_assert_eq!(points.len(), epochs.len().min(span));
-            for (index, point) in points.iter().enumerate() {
-                let mean = expected[index].iter().sum::<f64>() / expected[index].len() as f64;
-                prop_assert!((point.pages as f64 - mean).abs() <= 0.5 + 1e-9);
-                prop_assert!((point.seconds - 0.5 * (index + 1) as f64).abs() < 1e-9);
+            for (length, (point, (added, united))) in (1..).zip(points.iter().zip(unions)) {
+                let length = f64::from(length);
+                prop_assert!((point.pages as f64 - mean * length * united / added).abs() <= 0.5 + 1e-6);
+                prop_assert!((point.seconds - 0.5 * length).abs() < 1e-9);
             }
         }
+    }
+
+    /// A guest that speeds up is measured by all of its epochs, not by the first.
+    #[test]
+    fn an_epoch_has_the_mean_of_all_epochs() {
+        let mut growth = Growth::new(8);
+        for pages in [10, 20, 60] {
+            growth.add_words(std::iter::once((1u64 << pages) - 1), 1.0).unwrap();
+        }
+        let points: Vec<_> = growth.points().collect();
+        let point = |seconds, pages| Point { seconds, pages };
+        assert_eq!(points, [point(1.0, 30), point(2.0, 40), point(3.0, 60)]);
     }
 }
