@@ -19,17 +19,6 @@ const MIB: u64 = 1 << 20;
 /// RAM of every guest here.
 const MEMORY: u64 = 64 * MIB;
 
-/// The trackers that track.
-const TRACKERS: [Kind; 7] = [
-    Kind::KvmBitmap,
-    Kind::KvmManual,
-    Kind::KvmRing,
-    Kind::UffdSync,
-    Kind::UffdAsync,
-    Kind::UffdServe,
-    Kind::Exact,
-];
-
 /// A guest's command line and the machine around it.
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -190,7 +179,8 @@ fn all_conform_over_hugetlb() {
         Err(why) => return skip::skip(test, &why),
     };
     let facts = facts(&host::probe());
-    for (seed, kind) in (100..).zip(TRACKERS) {
+    let trackers = Kind::ALL.into_iter().filter(|kind| *kind != Kind::None);
+    for (seed, kind) in (100..).zip(trackers) {
         if let Some(lacks) = kind.lacks(&facts) {
             skip::skip(test, &format!("{kind}: this host lacks {lacks}"));
             continue;

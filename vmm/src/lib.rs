@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod boot;
+mod control;
 pub mod cost;
 pub mod cpuid;
 pub mod devices;
@@ -18,11 +19,13 @@ pub mod ledger;
 pub mod live;
 pub mod machine;
 pub mod memory;
+mod observe;
 pub mod options;
 pub mod owners;
 pub mod panel;
 pub mod run;
 pub mod sampled;
+mod show;
 pub mod sys;
 pub mod terminal;
 pub mod timing;

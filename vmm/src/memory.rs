@@ -243,8 +243,11 @@ impl Ram {
         for (gpa, len) in ranges {
             let mapping = map(config, len)?;
             if config.huge.hugetlb_shift().is_none() {
-                let advice = match config.huge {
-                    HugePages::Thp => HugeAdvice::Huge,
+                // Where a thread of this process brings every page, the kernel would still clear a huge one at
+                // each first fault of a block, only to find that the fault is not its own
+                // (mm/huge_memory.c, `__do_huge_pmd_anonymous_page`).
+                let advice = match (config.huge, config.fault) {
+                    (HugePages::Thp, Faults::Kernel) => HugeAdvice::Huge,
                     _ => HugeAdvice::Small,
                 };
                 let low = if gpa == 0 { LOW_MEMORY as usize } else { 0 };

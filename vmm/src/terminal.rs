@@ -22,6 +22,8 @@ struct State {
     cols: u16,
     height: u16,
     lines: Vec<String>,
+    /// The whole screen was given back.
+    closed: bool,
 }
 
 impl Terminal {
@@ -32,7 +34,7 @@ impl Terminal {
         if rows < height + 4 || cols < 40 {
             return None;
         }
-        let state = State { rows, cols, height, lines: Vec::new() };
+        let state = State { rows, cols, height, lines: Vec::new(), closed: false };
         // Make room below the cursor without losing what is above.
         let mut out = "\n".repeat(height.into());
         out.push_str(&format!("\x1b[{height}A"));
@@ -56,18 +58,29 @@ impl Terminal {
     pub fn draw(&self, lines: Vec<String>) {
         let mut state = self.lock();
         state.lines = lines;
-        put(state.panel().as_bytes());
+        if !state.closed {
+            put(state.panel().as_bytes());
+        }
     }
 
     /// Adapts to the terminal's new size.
     pub fn resized(&self) {
         let Some((rows, cols)) = tty::size(io::stdout().as_raw_fd()) else { return };
         let mut state = self.lock();
-        if rows < state.height + 4 {
+        if rows < state.height + 4 || state.closed {
             return;
         }
         (state.rows, state.cols) = (rows, cols);
         put(format!("{}{}", state.region(), state.panel()).as_bytes());
+    }
+
+    /// Gives the whole screen back, although others have a part in the terminal still: nothing is drawn from now on.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        if !std::mem::replace(&mut state.closed, true) {
+            let first = state.rows - state.height + 1;
+            put(format!("\x1b7\x1b[r\x1b[{first};1H\x1b[J\x1b8").as_bytes());
+        }
     }
 }
 
@@ -91,9 +104,7 @@ impl State {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        let state = self.lock();
-        let first = state.rows - state.height + 1;
-        put(format!("\x1b7\x1b[r\x1b[{first};1H\x1b[J\x1b8").as_bytes());
+        self.close();
     }
 }
 

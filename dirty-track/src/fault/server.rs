@@ -19,7 +19,7 @@ use crate::fault::{FaultError, Prefault, Source, WorkingSet};
 use crate::stage2::{Disagreement, Leaves, Seen, Stage2};
 use crate::sys::pagemap::{Found, Pagemap};
 use crate::sys::uffd::fill::{Progress, Staging, cold};
-use crate::sys::uffd::message::Message;
+use crate::sys::uffd::message::{Cause, Message};
 use crate::sys::uffd::{Mode, Uffd, Wait};
 use crate::tracker::change::Tracked;
 use crate::tracker::wp_slot::WpSlot;
@@ -302,7 +302,7 @@ impl Shared {
     /// Serves until told to stop.
     fn handle(&self, stop: &EventFd) {
         let pager = &self.pager;
-        let (mut worker, mut messages) = (Worker::default(), Vec::new());
+        let (mut worker, mut messages, mut faults) = (Worker::default(), Vec::new(), Vec::new());
         loop {
             match pager.kernel.uffd.wait(stop) {
                 Ok(Wait::Stopped) => return,
@@ -313,7 +313,11 @@ impl Shared {
                 self.failed(FaultError::Read(error));
                 thread::sleep(AFTER_ERROR);
             }
-            self.batch(&mut worker, &mut messages);
+            faults.extend(messages.drain(..).filter_map(|message| match message {
+                Message::Fault { address, cause } => Some((address, cause)),
+                _ => None,
+            }));
+            self.batch(&mut worker, &mut faults);
         }
     }
 
@@ -336,22 +340,13 @@ impl Shared {
         outcome
     }
 
-    fn batch(&self, worker: &mut Worker, messages: &mut Vec<Message>) {
+    fn batch(&self, worker: &mut Worker, faults: &mut Vec<(u64, Cause)>) {
         // Sleepers at the same page are woken together, so one message is enough.
-        let mut faults: Vec<_> = messages
-            .drain(..)
-            .filter_map(|message| match message {
-                Message::Fault { address, cause } => Some((address, cause)),
-                _ => None,
-            })
-            .collect();
-        if faults.len() > 1 {
-            let mut seen = std::collections::HashSet::new();
-            faults.retain(|fault| seen.insert(*fault));
-        }
+        faults.sort_unstable();
+        faults.dedup();
         // Given back even if a source panics.
         let mut waiting = self.pager.counters.waiting.hold(faults.len());
-        for (address, cause) in faults {
+        for (address, cause) in faults.drain(..) {
             if let Err(error) = self.pager.serve(worker, address, cause) {
                 self.failed(error);
                 // Whoever sleeps looks again, and says again what it needs.

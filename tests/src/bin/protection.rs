@@ -1,4 +1,4 @@
-//! What a harvest by write-protection costs, and what it costs the guest: `protection [GUEST MEMORY IN MiB [KERNEL COMMAND LINE]]`.
+//! What a harvest by write-protection costs, and what it costs the guest.
 //!
 //! The built-in guest reads its memory in order, over and over. Between two passes the host writes 1 % of its pages
 //! (back to what they were), and the epoch is closed: by a harvest, or by protecting all of memory anew, as looking
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::Parser;
 use dirty_track::tracker::Kind;
 use guest::abi::Control;
 use tests::conformance::{config, start};
@@ -17,11 +18,21 @@ use vmm::ledger::Ledger;
 use vmm::memory::{HugePages, MemoryConfig};
 use vmm::track::TrackConfig;
 
+/// Measure what a harvest by write-protection costs, and what it costs the guest
+#[derive(Parser)]
+struct Cli {
+    /// Guest memory in MiB; three quarters of it are read
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(64..))]
+    memory: u64,
+    /// More of the guest's command line
+    #[arg(long, default_value = "")]
+    cmdline: String,
+}
+
 const ROUNDS: usize = 9;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mib: u64 = std::env::args().nth(1).map_or(Ok(512), |arg| arg.parse())?;
-    let cmdline = std::env::args().nth(2).unwrap_or_default();
+    let Cli { memory: mib, cmdline } = Cli::parse();
     for huge in [HugePages::None, HugePages::Thp] {
         let memory = MemoryConfig { size: mib << 20, huge, ..MemoryConfig::default() };
         let machine =

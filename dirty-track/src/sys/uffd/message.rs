@@ -20,7 +20,7 @@ const _: () = assert!(MESSAGE == 32 && WORDS_AT == 8 && offset_of!(uffd_msg, eve
 const BATCH: usize = 64;
 
 /// Why a thread sleeps at an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
     /// Nothing is there.
     Missing {
