@@ -7,6 +7,7 @@
 //!
 //! - [`addr`]: guest-physical addresses, frame numbers and ranges of them as types of their own.
 //! - [`bitmap`]: the dirty bitmap and the arithmetic on its words.
+//! - `log` (a feature, on by default): the log as a stream, for dumps, snapshots and migrations.
 //! - [`rate`]: how fast the guest dirties memory, and what follows for a migration.
 //! - [`rearm`]: what is write-protected again when an epoch ends.
 //! - [`refine`]: takes pages out of a harvest that may have been written and did not change.
@@ -21,6 +22,8 @@ pub mod bitmap;
 pub mod collapse;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+#[cfg(feature = "log")]
+pub mod log;
 mod mix;
 pub mod rate;
 pub mod rearm;
