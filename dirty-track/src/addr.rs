@@ -79,12 +79,16 @@ impl fmt::Display for Gfn {
 
 /// The page sizes of x86-64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "log", derive(serde::Serialize, serde::Deserialize))]
 pub enum PageSize {
     /// 4 KiB: a leaf.
+    #[cfg_attr(feature = "log", serde(rename = "4k"))]
     K4,
     /// 2 MiB: a block.
+    #[cfg_attr(feature = "log", serde(rename = "2m"))]
     M2,
     /// 1 GiB.
+    #[cfg_attr(feature = "log", serde(rename = "1g"))]
     G1,
 }
 

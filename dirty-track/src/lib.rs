@@ -8,6 +8,7 @@
 //! - [`addr`]: guest-physical addresses, frame numbers and ranges of them as types of their own.
 //! - [`bitmap`]: the dirty bitmap and the arithmetic on its words.
 //! - [`fault`]: serving the guest's faults, and the policies of what comes along and what is opened.
+//! - `log` (a feature, on by default): the log as a stream, for dumps, snapshots and migrations.
 //! - [`rate`]: how fast the guest dirties memory, and what follows for a migration.
 //! - [`rearm`]: what is write-protected again when an epoch ends.
 //! - [`refine`]: takes pages out of a harvest that may have been written and did not change.
@@ -26,6 +27,8 @@ pub mod collapse;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod fault;
+#[cfg(feature = "log")]
+pub mod log;
 mod mix;
 pub mod rate;
 pub mod rearm;

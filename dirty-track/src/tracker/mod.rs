@@ -107,6 +107,7 @@ pub trait Tracker: Send {
 /// Every tracker reports at least the pages that it sees written. These say what it does not see, and what it
 /// may report besides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "log", derive(serde::Serialize, serde::Deserialize))]
 pub struct Guarantees {
     /// Writes by the guest are seen. `false` only for a tracker that tracks nothing. One host breaks it for
     /// one tracker: kvm_pvm overruns the rings of [`kvm_ring`] when the guest writes at CPL0.
