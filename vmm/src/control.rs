@@ -22,7 +22,8 @@ pub(crate) struct Control {
     pub(crate) input: Option<Input>,
     /// To be told of its new size.
     pub(crate) terminal: Option<Arc<Terminal>>,
-    pub(crate) observer_failed: EventFd,
+    /// Readable when something else wants the run to end.
+    pub(crate) quit: EventFd,
     pub(crate) ended: bool,
 }
 
@@ -46,7 +47,7 @@ const ENDED: u32 = 1;
 const TIMER: u32 = 2;
 const STDIN: u32 = 3;
 const ROOM: u32 = 4;
-const OBSERVER: u32 = 5;
+const QUIT: u32 = 5;
 
 impl Control {
     fn key(&mut self, bytes: &[u8]) {
@@ -83,7 +84,7 @@ impl MutEventSubscriber for Control {
         watch(Events::with_data(&self.signals, SIGNALS, EventSet::IN));
         watch(Events::with_data(self.machine.ended(), ENDED, EventSet::IN));
         watch(Events::with_data(self.machine.platform().serial().room(), ROOM, EventSet::IN));
-        watch(Events::with_data(&self.observer_failed, OBSERVER, EventSet::IN));
+        watch(Events::with_data(&self.quit, QUIT, EventSet::IN));
         if let Some(timer) = &self.duration {
             watch(Events::with_data(timer, TIMER, EventSet::IN));
         }

@@ -14,7 +14,7 @@ use dirty_track::fault::{
 };
 use dirty_track::stage2::SecondLevel;
 use dirty_track::tracker::Slot;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::memory::MemoryConfig;
 
@@ -145,7 +145,7 @@ pub fn record(server: &Server, path: &Path) -> Result<(), WorkingSetError> {
 }
 
 /// What was served, as it is shown.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Served {
     /// Faults of pages that were nowhere.
     pub missing: u64,
@@ -229,7 +229,7 @@ impl Served {
 }
 
 /// The record of how RAM is mapped, at the end of a run.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RecordReport {
     /// Pages that are recorded as mapped.
     pub present: u64,
@@ -251,7 +251,7 @@ pub struct RecordReport {
     /// Pages of which the kernel and the record think differently without harm.
     pub harmless: u64,
     /// The first few differences.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub differences: Vec<String>,
 }
 

@@ -8,7 +8,7 @@ use dirty_track::addr::PAGE_SIZE;
 use dirty_track::rate::{
     Curve, Estimate, FaultCost, Growth, Precopy, RateError, Rates, Tracked, Window, untracked,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The link that a migration would have, and what it may cost the guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,7 +20,7 @@ pub struct Link {
 }
 
 /// A rate in bytes per second; with the 95 % confidence interval, if there is enough to tell.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RateReport {
     /// The rate.
     pub bytes_per_s: f64,
@@ -31,7 +31,7 @@ pub struct RateReport {
 }
 
 /// How a migration by precopy would go; see [`Precopy`].
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PrecopyReport {
     /// Whether the guest stands still no longer than it may.
     pub converges: bool,
@@ -46,12 +46,12 @@ pub struct PrecopyReport {
 }
 
 /// What can be said after an epoch.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Forecast {
     /// Rate of the last [`WINDOW`] epochs.
     pub rate: Option<RateReport>,
     /// The same for each vCPU, with a tracker that tells them apart.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vcpu_rates: Vec<RateReport>,
     /// What the guest would dirty without the log, in epochs of the same length and if its vCPUs are busy.
     pub untracked: Option<RateReport>,

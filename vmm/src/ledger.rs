@@ -15,7 +15,7 @@ use dirty_track::addr::{Gfn, PAGE_SIZE, PageRange, PageSize};
 use dirty_track::bitmap::{self, PAGES_PER_WORD, words_for};
 use dirty_track::tracker::Harvest;
 use guest::abi::{Control, CpuControl, MAGIC, MAX_CPUS, page_holds};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use crate::memory::{GuestRam, Ram};
@@ -44,7 +44,7 @@ pub enum LedgerError {
 }
 
 /// How a harvest and the ledger compare, in pages of the workload region.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreement {
     /// Pages that the guest wrote in the epoch, by its ledger.
     pub wrote: u64,

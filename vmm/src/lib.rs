@@ -4,12 +4,16 @@
 //! [`run`] (what `vmm run` does) or at [`machine`] (what a machine is made of).
 
 pub mod acpi;
+pub mod api;
+pub mod board;
 pub mod boot;
 mod control;
 pub mod cost;
 pub mod cpuid;
 pub mod devices;
+pub mod dirty;
 pub mod doctor;
+pub mod dump;
 pub mod fault;
 pub mod forecast;
 pub mod gate;
@@ -17,6 +21,7 @@ pub mod host;
 pub mod layout;
 pub mod ledger;
 pub mod live;
+pub mod logfile;
 pub mod machine;
 pub mod memory;
 mod observe;

@@ -10,9 +10,9 @@ use dirty_track::rate::{FaultCost, RateError};
 use dirty_track::stage2::SecondLevel;
 use dirty_track::sys::stats::{StatId, Stats};
 use dirty_track::touched::TouchedError;
-use dirty_track::tracker::{Harvest, Tracker, TrackerError};
+use dirty_track::tracker::{Guarantees, Harvest, Tracker, TrackerError};
 use dirty_track::walk::x86::X86Error;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::fault::{RecordReport, Served};
 use crate::forecast::{Forecast, Forecaster, Link, Seen};
@@ -49,7 +49,7 @@ pub enum LiveError {
 }
 
 /// What happened in one epoch.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Epoch {
     /// Number, from 1.
     pub epoch: u32,
@@ -64,7 +64,7 @@ pub struct Epoch {
     /// Those of them that are coarse: left writable, so that it is not known whether they were written.
     pub coarse_pages: u64,
     /// Pages that each vCPU wrote, with a tracker that tells them apart.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vcpu_pages: Vec<u64>,
     /// Dirty bytes per second.
     pub dirty_bytes_per_s: f64,
@@ -107,7 +107,7 @@ pub struct Epoch {
 }
 
 /// Everything from arming to the end.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Totals {
     /// Epochs closed.
     pub epochs: u32,
@@ -305,7 +305,21 @@ impl Observer {
     /// # Errors
     /// See [`LiveError`]. The pages stay with the tracker, for the next call.
     pub fn close_epoch(&mut self) -> Result<Epoch, LiveError> {
+        self.close_epoch_with(false, |_, _| ())
+    }
+
+    /// As [`close_epoch`](Observer::close_epoch), and shows the harvest and the epoch's length in seconds to `look`
+    /// before it is committed; if `still`, no vCPU runs from the harvest until `look` has seen it.
+    ///
+    /// # Errors
+    /// See [`LiveError`]; nothing was shown then.
+    pub fn close_epoch_with(
+        &mut self,
+        still: bool,
+        look: impl FnOnce(&Harvest<'_>, f64),
+    ) -> Result<Epoch, LiveError> {
         let machine = Arc::clone(&self.machine);
+        let held = still.then(|| machine.pause());
         let boundary = Instant::now();
         let stops = self.wants_ledger || self.owners.is_some();
         let still: Option<Paused<'_>> = stops.then(|| machine.pause());
@@ -347,6 +361,8 @@ impl Observer {
         let dirty_blocks = harvest.dirty_blocks();
         let map = picture(&harvest);
         remember(&self.ever, &harvest);
+        look(&harvest, seconds);
+        drop(held);
         harvest.commit();
 
         let maps = self.counters.maps();
@@ -420,6 +436,11 @@ impl Observer {
         totals
     }
 
+    /// What the tracker's harvests can be relied on for.
+    pub fn guarantees(&self) -> Guarantees {
+        self.tracker.guarantees()
+    }
+
     /// The tracker's name.
     pub fn tracker_name(&self) -> &'static str {
         self.tracker.name()
@@ -449,6 +470,13 @@ impl Observer {
     /// See [`LiveError`].
     pub fn disarm(&mut self) -> Result<(), LiveError> {
         Ok(self.tracker.disarm()?)
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        let faults = std::mem::take(&mut self.counters.faults);
+        self.machine.give_vcpu_stats(faults.into_iter().map(|(stats, _)| stats).collect());
     }
 }
 

@@ -386,6 +386,16 @@ impl Machine {
         Paused { machine: self }
     }
 
+    /// Stops all vCPUs as [`pause`](Machine::pause) does, until [`release`](Machine::release).
+    pub fn hold(&self) {
+        self.gate.close(|| self.kick());
+    }
+
+    /// Undoes one [`hold`](Machine::hold).
+    pub fn release(&self) {
+        self.gate.open();
+    }
+
     fn threads(&self) -> MutexGuard<'_, Threads> {
         // Two lists, whole between any two statements.
         self.threads.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -517,9 +527,15 @@ impl Machine {
         Stats::of_vm(&self.vm)
     }
 
-    /// Takes the statistics of the vCPUs, empty where the host has none. They can be taken once.
+    /// Takes the statistics of the vCPUs, empty where the host has none. They can be taken once, until they are
+    /// [given back](Machine::give_vcpu_stats).
     pub fn take_vcpu_stats(&self) -> Vec<Stats> {
         std::mem::take(&mut *self.vcpu_stats.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
+    /// Gives back what was taken.
+    pub fn give_vcpu_stats(&self, stats: Vec<Stats>) {
+        *self.vcpu_stats.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = stats;
     }
 }
 

@@ -109,7 +109,7 @@ struct RunArgs {
     #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = options::duration)]
     downtime: Duration,
     /// Length of an epoch
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = epoch)]
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = options::epoch)]
     epoch: Duration,
     /// Stop after this time, 0 for never [default: 30s for the built-in guest, 0 with --kernel]
     #[arg(long, value_name = "TIME", value_parser = options::duration)]
@@ -136,15 +136,6 @@ struct RunArgs {
     /// Report how long each phase of the start took
     #[arg(long)]
     timing: bool,
-}
-
-/// An epoch that leaves the guest time to run: harvests in a row starve it.
-fn epoch(text: &str) -> Result<Duration, String> {
-    let epoch = options::duration(text).map_err(|e| e.to_string())?;
-    if epoch < Duration::from_millis(1) || epoch > Duration::from_secs(86400) {
-        return Err(format!("'{text}' will not do: give 1ms to 24h"));
-    }
-    Ok(epoch)
 }
 
 fn bandwidth(text: &str) -> Result<u64, String> {
@@ -209,8 +200,8 @@ fn main() -> ExitCode {
             timing.mark(Phase::Parsed);
             let builtin = args.kernel.is_none();
             let track = TrackConfig { rearm: args.rearm, ..args.track };
-            if args.rearm != Rearm::All && !matches!(track.kind, None | Some(Kind::KvmManual)) {
-                eprintln!("vmm: --rearm is for --track kvm-manual: {track} has no log bits to leave set");
+            if let Err(why) = track.check_rearm() {
+                eprintln!("vmm: {why}");
                 return ExitCode::from(2);
             }
             if let Err(why) = fault_options(&args) {

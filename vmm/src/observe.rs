@@ -1,30 +1,83 @@
 //! The thread that observes a running machine: it closes one epoch after the other, or looks at the sample once more,
-//! and shows it.
+//! shows and posts what it found, writes the dump if there is one, and obeys.
 
-use std::io;
+use std::io::{self, Write};
 use std::panic;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use dirty_track::tracker::Kind;
+use dirty_track::log::End;
+use dirty_track::tracker::{Kind, TrackerError};
+use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::board::{Board, DumpStatus};
 use crate::cost;
+use crate::dump::{self, Dump, DumpConfig, DumpError};
+use crate::forecast::Link;
 use crate::live::{LiveError, Observer, Totals};
 use crate::machine::Machine;
+use crate::memory::Faults;
 use crate::sampled::{Looker, Looks};
 use crate::show::Show;
-use crate::track::TrackConfig;
+use crate::track::{SAMPLED, TrackConfig};
+use crate::working_set::WorkingSetConfig;
 
-/// What is observed.
-pub(crate) enum By {
+/// Whom observers are made for, and what they look at.
+pub(crate) struct Observers {
+    pub(crate) machine: Arc<Machine>,
+    pub(crate) fault: Faults,
+    pub(crate) link: Link,
+    /// Hold each epoch against the built-in guest's ledger.
+    pub(crate) ledger: bool,
+    pub(crate) owners: bool,
+    pub(crate) working_set: Option<WorkingSetConfig>,
+}
+
+/// By what is observed.
+pub(crate) struct Eye {
+    /// Name of the tracker.
+    pub(crate) name: &'static str,
+    /// Why it was chosen, if nobody said which.
+    pub(crate) chosen_because: Option<&'static str>,
+    kind: Kind,
+    track: TrackConfig,
+    by: By,
+}
+
+enum By {
     /// Every epoch, by a tracker.
     Tracker(Box<Observer>),
-    /// A sample of so many pages of each GiB.
-    Sample(Arc<Machine>, u64),
+    /// A sample of so many pages of each GiB, looked at from the beginning on.
+    Sample(u64, Option<Looker>),
     /// Nothing.
     Nothing,
+}
+
+impl Observers {
+    /// What observes by `track`.
+    pub(crate) fn eye(&self, track: TrackConfig) -> Result<Eye, TrackerError> {
+        let machine = &self.machine;
+        let (kind, chosen_because) = track.choose(&machine.tracking_facts(), self.fault);
+        let by = match (kind, track.sampled) {
+            (Kind::None, None) => By::Nothing,
+            (Kind::None, Some(per_gib)) => By::Sample(per_gib, None),
+            (kind, _) => {
+                let tracker = machine.tracker(kind, &track)?;
+                let mut observer = Observer::new(Arc::clone(machine), tracker, self.ledger, self.link);
+                if self.owners {
+                    observer.show_owners();
+                }
+                if let Some(config) = self.working_set {
+                    observer.watch_working_set(config);
+                }
+                By::Tracker(Box::new(observer))
+            }
+        };
+        let name = if track.sampled.is_some() { SAMPLED } else { kind.name() };
+        Ok(Eye { name, chosen_because, kind, track, by })
+    }
 }
 
 /// How it is observed.
@@ -34,8 +87,48 @@ pub(crate) struct Plan {
     pub(crate) epoch: Duration,
     /// Measure what a fault costs the guest.
     pub(crate) wants_cost: bool,
-    pub(crate) kind: Kind,
-    pub(crate) track: TrackConfig,
+}
+
+/// Where a dump goes.
+pub(crate) trait Sink: Write + Send {
+    /// All of it was written.
+    fn complete(self: Box<Self>) -> io::Result<()>;
+}
+
+/// What the observer is told to do.
+pub(crate) enum Command {
+    /// To observe by this, in epochs of this length (unchanged if none).
+    Track(TrackConfig, Option<Duration>, Reply<()>),
+    /// To begin a dump.
+    Dump(Box<dyn Sink>, DumpConfig, Reply<()>),
+    /// To end it with an epoch that is cut short.
+    EndDump(Reply<DumpStatus>),
+    /// To close the last epoch, and end.
+    End,
+}
+
+/// Where the answer goes.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// Why a command was not obeyed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("a dump is being written: end it first")]
+    Dumping,
+    #[error("no dump is being written")]
+    NotDumping,
+    #[error("nothing is tracked: start a tracker first")]
+    NotTracking,
+    #[error("the guest's workload has not begun: try again in a moment")]
+    NotBegun,
+    #[error("cannot track dirty memory: {0}")]
+    Tracker(#[from] TrackerError),
+    #[error(transparent)]
+    Live(#[from] LiveError),
+    #[error(transparent)]
+    Dump(#[from] DumpError),
+    #[error("the log cannot be completed: {0}")]
+    Complete(#[source] io::Error),
 }
 
 /// What was observed.
@@ -49,16 +142,9 @@ pub(crate) struct Observed {
     pub(crate) failure: Option<LiveError>,
 }
 
-impl Observed {
-    fn nothing(show: Show) -> Observed {
-        Observed { totals: None, looks: None, show, cost_ns: None, failure: None }
-    }
-}
-
 /// An observer's thread.
 pub(crate) struct Observing {
-    /// Hung up when it is to end.
-    go_on: mpsc::Sender<()>,
+    commands: mpsc::Sender<Command>,
     thread: JoinHandle<Observed>,
 }
 
@@ -66,112 +152,327 @@ pub(crate) struct Observing {
 const STACK: usize = 256 << 10;
 
 impl Observing {
-    /// Begins. `failed` is written to when observing ends by an error.
-    pub(crate) fn start(by: By, show: Show, plan: Plan, failed: EventFd) -> io::Result<Observing> {
-        let (go_on, over) = mpsc::channel();
+    /// Begins, and obeys `orders`, whose other end is `commands`. `failed` is written to when observing ends by an error.
+    pub(crate) fn start(
+        (commands, orders): (mpsc::Sender<Command>, mpsc::Receiver<Command>),
+        observers: Observers,
+        eye: Eye,
+        show: Show,
+        board: Board,
+        plan: Plan,
+        failed: EventFd,
+    ) -> io::Result<Observing> {
         let body = move || {
-            let observed = match by {
-                By::Tracker(observer) => observe(*observer, show, &plan, &over),
-                By::Sample(machine, per_gib) => look(machine, per_gib, show, &plan, &over),
-                By::Nothing => Observed::nothing(show),
-            };
-            if observed.failure.is_some() {
+            let mut watch = Watch { observers, eye, show, board, plan, orders, looks: None, cost_ns: None, dump: None };
+            let failure = watch.run().err();
+            if failure.is_some() {
                 // Only when its counter is full, and then it is readable.
                 let _ = failed.write(1);
             }
-            observed
+            let totals = match &watch.eye.by {
+                By::Tracker(observer) => {
+                    observer.ask_guest_to_stop();
+                    Some(observer.totals())
+                }
+                By::Sample(..) | By::Nothing => None,
+            };
+            Observed { totals, looks: watch.looks, show: watch.show, cost_ns: watch.cost_ns, failure }
         };
         let thread = thread::Builder::new().name("observer".into()).stack_size(STACK).spawn(body)?;
-        Ok(Observing { go_on, thread })
+        Ok(Observing { commands, thread })
     }
 
-    /// Closes the last epoch, for which the machine must still stand, and tells the guest to end.
-    pub(crate) fn finish(self) -> Observed {
-        drop(self.go_on);
+    /// Closes the last epoch, for which the machine must still stand, and tells the guest to end. When whoever reads
+    /// a dump has not taken the end of it after a while, `give_up` is to make sure that nobody waits for that.
+    pub(crate) fn finish(self, give_up: impl FnOnce()) -> Observed {
+        // An observer that failed hears nothing any more.
+        let _ = self.commands.send(Command::End);
+        let deadline = Instant::now() + FOR_READERS;
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        give_up();
         self.thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
     }
 }
 
-/// Waits for so long, unless it is over.
-fn is_over(over: &mpsc::Receiver<()>, wait: Duration) -> bool {
-    !matches!(over.recv_timeout(wait), Err(mpsc::RecvTimeoutError::Timeout))
+/// How long the end of a dump waits for who reads it.
+const FOR_READERS: Duration = Duration::from_secs(5);
+
+/// The observer.
+struct Watch {
+    observers: Observers,
+    eye: Eye,
+    show: Show,
+    board: Board,
+    plan: Plan,
+    orders: mpsc::Receiver<Command>,
+    looks: Option<Looks>,
+    cost_ns: Option<f64>,
+    dump: Option<Dump<Counted>>,
 }
 
-/// An epoch after the other, until it is over.
-fn observe(mut observer: Observer, mut show: Show, plan: &Plan, over: &mpsc::Receiver<()>) -> Observed {
-    let mut cost_ns = None;
-    let result = (|| -> Result<(), LiveError> {
-        if plan.builtin && !wait_for_workload(|| observer.guest_has_begun(), &show, over) {
+/// Why a wait ended.
+enum Wait {
+    Time,
+    Command(Command),
+    Over,
+}
+
+impl Watch {
+    /// An epoch after the other, until it is over.
+    fn run(&mut self) -> Result<(), LiveError> {
+        if self.plan.builtin && !matches!(self.eye.by, By::Nothing) && !self.wait_for_workload() {
             return Ok(());
         }
-        observer.arm()?;
-        let mut deadline = Instant::now() + plan.epoch;
-        if plan.wants_cost
-            && let Ok(Some(cost)) = cost::measure(plan.kind, &plan.track)
-        {
-            cost_ns = Some(cost.ns);
-            observer.set_cost(cost);
-        }
+        self.begin()?;
+        let mut deadline = Instant::now() + self.epoch_length();
         loop {
-            let last = is_over(over, deadline.saturating_duration_since(Instant::now()));
-            let epoch = observer.close_epoch()?;
-            // The last epoch is cut short; a sliver of one says nothing about rates.
-            if !last || epoch.seconds * 10.0 > plan.epoch.as_secs_f64() {
-                show.epoch(&epoch);
-            }
-            if last {
-                return observer.check_record();
+            match self.wait(deadline) {
+                Wait::Over => {
+                    self.close(true)?;
+                    return match &mut self.eye.by {
+                        By::Tracker(observer) => observer.check_record(),
+                        By::Sample(..) | By::Nothing => Ok(()),
+                    };
+                }
+                Wait::Time => self.close(false)?,
+                Wait::Command(command) => self.obey(command)?,
             }
             // From now, not from the last deadline: a harvest that is late must not be followed by a hasty
             // one, because harvests in a row starve the guest.
-            deadline = Instant::now() + plan.epoch;
-        }
-    })();
-    observer.ask_guest_to_stop();
-    let totals = Some(observer.totals());
-    Observed { totals, cost_ns, failure: result.err(), ..Observed::nothing(show) }
-}
-
-/// A look at the sample after the other, until it is over.
-fn look(
-    machine: Arc<Machine>,
-    per_gib: u64,
-    mut show: Show,
-    plan: &Plan,
-    over: &mpsc::Receiver<()>,
-) -> Observed {
-    let mut looks = Looks::default();
-    let result = (|| -> Result<(), LiveError> {
-        if plan.builtin && !wait_for_workload(|| machine.channel().begun().read().is_ok(), &show, over) {
-            return Ok(());
-        }
-        let mut looker = Looker::new(Arc::clone(&machine), per_gib)?;
-        while !is_over(over, plan.epoch) {
-            let look = looker.look()?;
-            looks.add(&look);
-            show.look(&look);
-        }
-        Ok(())
-    })();
-    Observed { looks: Some(looks), failure: result.err(), ..Observed::nothing(show) }
-}
-
-/// Waits until the built-in guest's workload begins, so that the first epoch begins with it. A guest that does
-/// not get there is armed anyway after a while, to be seen as well. False: the run is over.
-fn wait_for_workload(has_begun: impl Fn() -> bool, show: &Show, over: &mpsc::Receiver<()>) -> bool {
-    let begin = Instant::now();
-    let mut said = false;
-    while !has_begun() && begin.elapsed() < WORKLOAD_PATIENCE {
-        if is_over(over, Duration::from_millis(1)) {
-            return false;
-        }
-        if !said && begin.elapsed() > Duration::from_millis(300) {
-            said = true;
-            show.waiting();
+            deadline = Instant::now() + self.epoch_length();
         }
     }
-    true
+
+    /// Begins to observe by a new eye.
+    fn begin(&mut self) -> Result<(), LiveError> {
+        match &mut self.eye.by {
+            By::Tracker(observer) => {
+                observer.arm()?;
+                if self.plan.wants_cost
+                    && let Ok(Some(cost)) = cost::measure(self.eye.kind, &self.eye.track)
+                {
+                    self.cost_ns = Some(cost.ns);
+                    observer.set_cost(cost);
+                }
+            }
+            By::Sample(per_gib, looker) => {
+                *looker = Some(Looker::new(Arc::clone(&self.observers.machine), *per_gib)?);
+                self.looks = Some(Looks::default());
+            }
+            By::Nothing => {}
+        }
+        let (tracker, armed) = (self.eye.name, !matches!(self.eye.by, By::Nothing));
+        let epoch_s = self.plan.epoch.as_secs_f64();
+        self.board.post(|posted| (posted.tracker, posted.armed, posted.epoch_s) = (tracker, armed, epoch_s));
+        Ok(())
+    }
+
+    fn epoch_length(&self) -> Duration {
+        match &self.dump {
+            Some(dump) if dump.config().interval_ms > 0 => Duration::from_millis(dump.config().interval_ms),
+            _ => self.plan.epoch,
+        }
+    }
+
+    fn wait(&self, until: Instant) -> Wait {
+        match self.orders.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(Command::End) | Err(mpsc::RecvTimeoutError::Disconnected) => Wait::Over,
+            Ok(command) => Wait::Command(command),
+            Err(mpsc::RecvTimeoutError::Timeout) => Wait::Time,
+        }
+    }
+
+    /// Closes the epoch, which may be the last one: that is cut short.
+    fn close(&mut self, last: bool) -> Result<(), LiveError> {
+        match &mut self.eye.by {
+            By::Tracker(observer) => {
+                let ram = Arc::clone(self.observers.machine.ram());
+                let dump = &mut self.dump;
+                let ends = dump.as_ref().is_some_and(|dump| last || dump.is_at_last());
+                let still = ends && dump.as_ref().is_some_and(|dump| dump.config().pages);
+                let (mut written, mut ranges) = (Ok(()), Vec::new());
+                let is_read = self.board.is_read();
+                let epoch = observer.close_epoch_with(still, |harvest, seconds| {
+                    if is_read {
+                        ranges.extend(harvest.slots().iter().flat_map(dump::spans));
+                    }
+                    if let Some(dump) = dump {
+                        written = dump.epoch(harvest, &ram, seconds);
+                    }
+                })?;
+                // A sliver of an epoch says nothing about rates.
+                if !last || epoch.seconds * 10.0 > self.plan.epoch.as_secs_f64() {
+                    self.show.epoch(&epoch);
+                }
+                let totals = observer.totals();
+                self.board.post(|posted| {
+                    posted.last = Some(Arc::new(epoch));
+                    posted.ranges = Arc::new(ranges);
+                    posted.totals = Some(Arc::new(totals));
+                });
+                self.after_epoch(written, ends);
+            }
+            By::Sample(_, Some(looker)) if !last => {
+                let look = looker.look()?;
+                let looks = self.looks.get_or_insert_default();
+                looks.add(&look);
+                let looks = *looks;
+                self.show.look(&look);
+                self.board.post(|posted| (posted.look, posted.looks) = (Some(look), Some(looks)));
+            }
+            By::Sample(..) | By::Nothing => {}
+        }
+        Ok(())
+    }
+
+    /// Looks after the dump, whose epoch was `written` and that may end now.
+    fn after_epoch(&mut self, written: Result<(), DumpError>, ends: bool) {
+        let Some(dump) = self.dump.take() else { return };
+        let so_far = (dump.so_far(), dump.bytes());
+        let status = match written {
+            Ok(()) if ends => complete(dump).map(|(end, bytes)| DumpStatus::new(false, &end, bytes)),
+            Ok(()) => {
+                self.dump = Some(dump);
+                Ok(DumpStatus::new(true, &so_far.0, so_far.1))
+            }
+            Err(error) => Err(error.into()),
+        };
+        let status = status.unwrap_or_else(|error: Refusal| DumpStatus {
+            error: Some(error.to_string()),
+            ..DumpStatus::new(false, &so_far.0, so_far.1)
+        });
+        self.board.post(|posted| posted.dump = Some(status));
+    }
+
+    /// Does as it is told. An asker who has gone needs no answer.
+    fn obey(&mut self, command: Command) -> Result<(), LiveError> {
+        match command {
+            Command::Track(track, epoch, reply) => {
+                let outcome = self.track(track, epoch);
+                let _ = reply.send(outcome);
+            }
+            Command::Dump(sink, config, reply) => {
+                let full = config.full;
+                let outcome = self.begin_dump(sink, config);
+                let begun = outcome.is_ok();
+                // Before much is written: who asked has to read it.
+                let _ = reply.send(outcome);
+                if begun && full {
+                    let written = self.dump.as_mut().map(|dump| dump.all(self.observers.machine.ram()));
+                    self.after_epoch(written.unwrap_or(Ok(())), false);
+                }
+            }
+            Command::EndDump(reply) => {
+                if self.dump.is_none() {
+                    let _ = reply.send(Err(Refusal::NotDumping));
+                    return Ok(());
+                }
+                self.close(true)?;
+                let _ = reply.send(Ok(self.board.posted().dump.clone().unwrap_or_default()));
+            }
+            Command::End => {}
+        }
+        Ok(())
+    }
+
+    fn track(&mut self, track: TrackConfig, epoch: Option<Duration>) -> Result<(), Refusal> {
+        if self.dump.is_some() {
+            return Err(Refusal::Dumping);
+        }
+        // The one before gives up what it has: a memslot has one log, and memory one userfaultfd.
+        if let By::Tracker(observer) = &mut self.eye.by {
+            observer.disarm()?;
+        }
+        self.eye.by = By::Nothing;
+        self.eye = self.observers.eye(track)?;
+        self.plan.epoch = epoch.unwrap_or(self.plan.epoch);
+        self.board.post(|posted| *posted = Default::default());
+        self.show.track(self.eye.name, self.eye.chosen_because);
+        Ok(self.begin()?)
+    }
+
+    fn begin_dump(&mut self, sink: Box<dyn Sink>, config: DumpConfig) -> Result<(), Refusal> {
+        if self.dump.is_some() {
+            return Err(Refusal::Dumping);
+        }
+        if !matches!(self.eye.by, By::Tracker(_)) {
+            return Err(Refusal::NotTracking);
+        }
+        // The log's first epoch begins here.
+        self.close(false)?;
+        let By::Tracker(observer) = &self.eye.by else { return Err(Refusal::NotTracking) };
+        let ram = self.observers.machine.ram();
+        let out = Counted { sink, bytes: 0 };
+        let dump = Dump::begin(out, ram, self.eye.name, observer.guarantees(), config)?;
+        let status = DumpStatus::new(true, &dump.so_far(), 0);
+        self.board.post(|posted| posted.dump = Some(status));
+        self.dump = Some(dump);
+        Ok(())
+    }
+
+    /// Waits until the built-in guest's workload begins, so that the first epoch begins with it. A guest that does
+    /// not get there is observed anyway after a while, to be seen as well. False: the run is over.
+    fn wait_for_workload(&mut self) -> bool {
+        let begin = Instant::now();
+        let begun = |watch: &Watch| watch.observers.machine.channel().begun().read().is_ok();
+        let mut said = false;
+        while !begun(self) && begin.elapsed() < WORKLOAD_PATIENCE {
+            match self.wait(Instant::now() + Duration::from_millis(1)) {
+                Wait::Time => {}
+                Wait::Over => return false,
+                Wait::Command(command) => refuse(command),
+            }
+            if !said && begin.elapsed() > Duration::from_millis(300) {
+                said = true;
+                self.show.waiting();
+            }
+        }
+        true
+    }
 }
 
 /// Touching all of a large guest's memory takes its time.
 const WORKLOAD_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Answers that it is too early.
+fn refuse(command: Command) {
+    match command {
+        Command::Track(_, _, reply) | Command::Dump(_, _, reply) => drop(reply.send(Err(Refusal::NotBegun))),
+        Command::EndDump(reply) => drop(reply.send(Err(Refusal::NotDumping))),
+        Command::End => {}
+    }
+}
+
+/// A sink that counts.
+struct Counted {
+    sink: Box<dyn Sink>,
+    bytes: u64,
+}
+
+impl Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.sink.write(bytes)?;
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+impl Dump<Counted> {
+    fn bytes(&self) -> u64 {
+        self.out().bytes
+    }
+}
+
+/// Ends the log, and says how much it is.
+fn complete(dump: Dump<Counted>) -> Result<(End, u64), Refusal> {
+    let (out, end) = dump.finish()?;
+    let Counted { sink, bytes } = out;
+    sink.complete().map_err(Refusal::Complete)?;
+    Ok((end, bytes))
+}

@@ -32,6 +32,18 @@ pub enum OptionError {
     },
 }
 
+/// Parses the length of an epoch that leaves the guest time to run: harvests in a row starve it.
+///
+/// # Errors
+/// Why it will not do.
+pub fn epoch(text: &str) -> Result<Duration, String> {
+    let epoch = duration(text).map_err(|error| error.to_string())?;
+    if epoch < Duration::from_millis(1) || epoch > Duration::from_secs(86400) {
+        return Err(format!("'{text}' will not do: give 1ms to 24h"));
+    }
+    Ok(epoch)
+}
+
 /// Parses a size in bytes: a number, binary suffix K, M, G or T optional.
 pub fn size(text: &str) -> Result<u64, OptionError> {
     parse_size::Config::new()

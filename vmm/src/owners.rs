@@ -27,7 +27,7 @@ const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 
 /// What an address space has of an epoch's dirty pages.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Space {
     /// The root of its page tables, as in CR3 but without flags.
     #[serde(serialize_with = "hex")]
@@ -47,7 +47,7 @@ pub struct Space {
 }
 
 /// Neighbouring virtual addresses that map neighbouring dirty frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
     /// First virtual address.
     #[serde(serialize_with = "hex")]

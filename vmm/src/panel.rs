@@ -67,7 +67,7 @@ fn sparkline(rates: &[f64]) -> String {
 }
 
 /// `12345` as `12,345`.
-fn grouped(number: u64) -> String {
+pub fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (index, digit) in digits.chars().enumerate() {
@@ -102,6 +102,17 @@ fn precopy(report: &PrecopyReport) -> String {
     } else {
         format!("does not converge: would stand still {}", time(report.downtime_s))
     }
+}
+
+/// How fast the guest dirties memory, as far as the last epoch and all of them tell.
+pub fn rates(epoch: &Epoch, totals: &Totals) -> String {
+    let last = rate(epoch.dirty_bytes_per_s);
+    let (mean, peak) = (rate(totals.mean_bytes_per_s), rate(totals.peak_bytes_per_s));
+    format!(
+        "last epoch {last}, of {} epochs {mean} mean, {peak} peak\nlately {}",
+        totals.epochs,
+        outlook(&epoch.forecast).trim_start()
+    )
 }
 
 /// What follows from the epochs so far.

@@ -6,7 +6,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,8 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::api::{self, ApiError};
+use crate::board::Board;
 use crate::boot::Kernel;
 use crate::control::{Control, Input};
 use crate::devices::device_loop::{DeviceLoop, LoopError};
@@ -22,17 +24,17 @@ use crate::devices::virtio::disk::DiskConfig;
 use crate::fault::{self, FaultConfig, WorkingSetError};
 use crate::forecast::Link;
 use crate::host::KvmModule;
-use crate::live::{LiveError, Observer, Totals};
+use crate::live::{LiveError, Totals};
 use crate::machine::{Machine, MachineConfig, MachineError};
 use crate::memory::MemoryConfig;
-use crate::observe::{By, Observing, Plan};
+use crate::observe::{Observers, Observing, Plan};
 use crate::panel::{self, Subject};
 use crate::show::{Show, Start, Summary, To};
 use crate::sys::signals::Signals;
 use crate::sys::tty::RawMode;
 use crate::terminal::{Terminal, restore_on_panic};
 use crate::timing::Timing;
-use crate::track::{SAMPLED, TrackConfig};
+use crate::track::TrackConfig;
 use crate::vcpu::{End, PVM_HINT};
 use crate::working_set::WorkingSetConfig;
 
@@ -77,6 +79,8 @@ pub struct RunConfig {
     pub quiet: bool,
     /// Report the phases of the start.
     pub timing: bool,
+    /// Where to serve the control socket.
+    pub api_socket: Option<PathBuf>,
 }
 
 /// Why a run failed.
@@ -108,6 +112,9 @@ pub enum RunError {
     /// The device loop.
     #[error(transparent)]
     Devices(#[from] LoopError),
+    /// The control socket.
+    #[error(transparent)]
+    Api(#[from] ApiError),
     /// The event loop.
     #[error("the event loop failed: {0}")]
     Loop(#[from] event_manager::Error),
@@ -159,22 +166,31 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         fault: config.fault.clone(),
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
-    let (kind, chosen_because) = config.track.choose(&machine.tracking_facts(), config.memory.fault);
+    let observers = Observers {
+        machine: Arc::clone(&machine),
+        fault: config.memory.fault,
+        link: config.link,
+        ledger: builtin && config.ledger,
+        owners: config.owners,
+        working_set: config.working_set,
+    };
+    let eye = observers.eye(config.track)?;
+    let chosen_because = eye.chosen_because;
     let show = Show::new(
         Subject {
             ram: config.memory.size,
             huge: config.memory.huge.to_string(),
             cpus: machine.cpus(),
-            tracker: if config.track.sampled.is_some() { SAMPLED } else { kind.name() },
+            tracker: eye.name,
             chosen_because,
             bandwidth: config.link.bytes_per_s,
             colour: terminal.is_some() && std::env::var_os("NO_COLOR").is_none(),
         },
         to,
     );
-    let by = observer(&config, &machine, kind)?;
-
-    let observer_failed = EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?;
+    // Written to by the observer when it fails, and by a client that wants the end.
+    let quit = EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?;
+    let another = |fd: &EventFd| fd.try_clone().map_err(system("copy an eventfd"));
     let input = if builtin {
         None
     } else {
@@ -187,7 +203,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         duration: timer(config.duration)?,
         input,
         terminal,
-        observer_failed: observer_failed.try_clone().map_err(system("copy an eventfd"))?,
+        quit: another(&quit)?,
         ended: false,
     }));
     let mut control_loop: EventManager<Arc<Mutex<dyn MutEventSubscriber>>> = EventManager::new()?;
@@ -195,6 +211,22 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     let workers = machine.take_workers();
     let devices = if workers.is_empty() { None } else { Some(DeviceLoop::start(workers)?) };
 
+    let (commands, orders) = mpsc::channel();
+    let board = Board::default();
+    let api = match &config.api_socket {
+        Some(path) => {
+            let subject = api::Subject {
+                machine: Arc::clone(&machine),
+                board: board.reader(),
+                commands: commands.clone(),
+                quit: another(&quit)?,
+                began: Instant::now(),
+                paused: Mutex::new(false),
+            };
+            Some(api::Server::start(path, subject)?)
+        }
+        None => None,
+    };
     machine.start()?;
     show.start(&Start {
         memory: config.memory,
@@ -207,15 +239,14 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     if !builtin && machine.module() == KvmModule::Pvm {
         show.note(PVM_HINT);
     }
-    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet, kind, track: config.track };
-    let observing =
-        Observing::start(by, show, plan, observer_failed).map_err(system("start the observer thread"))?;
-
+    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet };
+    let observing = Observing::start((commands, orders), observers, eye, show, board, plan, another(&quit)?)
+        .map_err(system("start the observer thread"))?;
     while !control.lock().unwrap_or_else(PoisonError::into_inner).ended {
         control_loop.run()?;
     }
 
-    let mut observed = observing.finish();
+    let mut observed = observing.finish(|| drop(api));
     if builtin && machine.end().is_none() {
         wait_for_results(&machine);
     }
@@ -282,26 +313,6 @@ fn reader(config: &RunConfig) -> To {
         None
     };
     terminal.map_or(To::Lines, To::Terminal)
-}
-
-/// What `machine` is observed by.
-fn observer(config: &RunConfig, machine: &Arc<Machine>, kind: Kind) -> Result<By, RunError> {
-    Ok(match (kind, config.track.sampled) {
-        (Kind::None, None) => By::Nothing,
-        (Kind::None, Some(per_gib)) => By::Sample(Arc::clone(machine), per_gib),
-        (kind, _) => {
-            let tracker = machine.tracker(kind, &config.track)?;
-            let ledger = config.kernel == Kernel::BuiltIn && config.ledger;
-            let mut observer = Observer::new(Arc::clone(machine), tracker, ledger, config.link);
-            if config.owners {
-                observer.show_owners();
-            }
-            if let Some(config) = config.working_set {
-                observer.watch_working_set(config);
-            }
-            By::Tracker(Box::new(observer))
-        }
-    })
 }
 
 /// A timer that runs out after `duration`, if that is not zero.

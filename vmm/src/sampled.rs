@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use dirty_track::addr::PAGE_SIZE;
 use dirty_track::rate::{RateError, Sampler};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::forecast::RateReport;
 use crate::machine::Machine;
 
 /// What a look at the sample found.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Look {
     /// Number, from 1.
     pub epoch: u32,
@@ -31,7 +31,7 @@ pub struct Look {
 }
 
 /// All looks of a run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Looks {
     /// Number of looks after the first.
     pub epochs: u32,

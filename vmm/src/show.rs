@@ -120,6 +120,14 @@ impl Show {
         self.subject.tracker
     }
 
+    /// Another tracker tracks from now on.
+    pub(crate) fn track(&mut self, tracker: &'static str, chosen_because: Option<&'static str>) {
+        (self.subject.tracker, self.subject.chosen_because) = (tracker, chosen_because);
+        if let To::Json = self.to {
+            print_json("track", serde_json::json!({ "track": tracker }));
+        }
+    }
+
     /// The machine runs.
     pub(crate) fn start(&self, start: &Start) {
         if let To::Json = self.to {

@@ -68,6 +68,18 @@ impl TrackConfig {
         }
     }
 
+    /// That there is something to leave armed, if not all is armed again.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_rearm(&self) -> Result<(), String> {
+        match self.kind {
+            None | Some(Kind::KvmManual) => Ok(()),
+            _ if self.rearm == Rearm::All => Ok(()),
+            _ => Err(format!("--rearm is for --track kvm-manual: {self} has no log bits to leave set")),
+        }
+    }
+
     /// Why this tracker cannot be had for memory whose faults are handled like that.
     pub fn refused(&self, fault: Faults) -> Option<&'static str> {
         match (self.kind, fault) {

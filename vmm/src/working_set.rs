@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dirty_track::addr::PAGE_SIZE;
 use dirty_track::touched::{Touched, TouchedError};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
 use crate::options::{self, OptionError};
@@ -40,7 +40,7 @@ impl FromStr for WorkingSetConfig {
 }
 
 /// What was touched in an interval.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkingSetReport {
     /// Its length in seconds.
     pub seconds: f64,

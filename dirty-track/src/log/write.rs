@@ -78,6 +78,11 @@ impl<W: Write> LogWriter<W> {
         &self.header
     }
 
+    /// Where it goes.
+    pub fn out(&self) -> &W {
+        &self.out
+    }
+
     /// How much has been written.
     pub fn so_far(&self) -> End {
         self.end

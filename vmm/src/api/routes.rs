@@ -1,0 +1,330 @@
+//! What can be asked for, and how it is answered.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use axum::body::Body as HttpBody;
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, put};
+use axum::{Json, Router};
+use dirty_track::log::{Compression, flags};
+use dirty_track::rearm::Rearm;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::answer::{Body, Failure};
+use super::stream::{BodySink, FileSink};
+use super::{OPENAPI, Subject, metrics};
+use crate::board::DumpStatus;
+use crate::dump::DumpConfig;
+use crate::live::{Epoch, Totals};
+use crate::observe::{Command, Refusal, Reply, Sink};
+use crate::options;
+use crate::sampled::{Look, Looks};
+use crate::track::TrackConfig;
+use crate::vcpu::End;
+
+type Answer<T> = Result<T, Failure>;
+
+/// Largest body of a request.
+const BODY: usize = 64 << 10;
+
+/// How long who waits for an epoch is kept waiting.
+const LONG_POLL: Duration = Duration::from_secs(30);
+
+pub(super) fn routes(subject: Arc<Subject>) -> Router {
+    Router::new()
+        .route("/vm", get(vm))
+        .route("/vm/pause", put(pause))
+        .route("/vm/resume", put(resume))
+        .route("/vm/shutdown", put(shutdown))
+        .route("/vm/console", put(console))
+        .route("/dirty", get(dirty))
+        .route("/dirty/ranges", get(ranges))
+        .route("/dirty/tracker", put(track).delete(untrack))
+        .route("/dirty/dump", get(dump_status).post(dump).delete(end_dump))
+        .route("/metrics", get(metrics))
+        .route("/openapi.json", get(openapi))
+        .fallback(nothing)
+        .method_not_allowed_fallback(not_like_that)
+        .layer(DefaultBodyLimit::max(BODY))
+        .with_state(subject)
+}
+
+async fn nothing() -> Failure {
+    Failure(StatusCode::NOT_FOUND, "there is nothing at this path: GET /openapi.json tells what there is".into())
+}
+
+async fn not_like_that() -> Failure {
+    Failure(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "this path has no such method: GET /openapi.json tells which it has".into(),
+    )
+}
+
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI).into_response()
+}
+
+/// The machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Vm {
+    /// `running`, `paused` or `ended`.
+    pub(super) state: String,
+    pub(super) cpus: usize,
+    pub(super) memory_bytes: u64,
+    pub(super) huge: String,
+    pub(super) shared: bool,
+    pub(super) uptime_s: f64,
+    pub(super) creator: String,
+}
+
+async fn vm(State(subject): State<Arc<Subject>>) -> Json<Vm> {
+    let memory = subject.machine.ram().config();
+    let paused = *subject.paused.lock().unwrap_or_else(PoisonError::into_inner);
+    let state = match subject.machine.end() {
+        Some(End::Stopped) | None if paused => "paused",
+        None => "running",
+        Some(_) => "ended",
+    };
+    Json(Vm {
+        state: state.into(),
+        cpus: subject.machine.cpus(),
+        memory_bytes: memory.size,
+        huge: memory.huge.to_string(),
+        shared: memory.shared,
+        uptime_s: subject.began.elapsed().as_secs_f64(),
+        creator: concat!("vmm ", env!("CARGO_PKG_VERSION")).into(),
+    })
+}
+
+/// Stops or starts the vCPUs, on a thread that may wait for them.
+async fn set_paused(subject: Arc<Subject>, pause: bool) -> Answer<StatusCode> {
+    let set = move || {
+        let mut paused = subject.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        match (*paused, pause) {
+            (false, true) => subject.machine.hold(),
+            (true, false) => subject.machine.release(),
+            _ => {}
+        }
+        *paused = pause;
+    };
+    tokio::task::spawn_blocking(set).await.map_err(|_| Failure::gone())?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn pause(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    set_paused(subject, true).await
+}
+
+async fn resume(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    set_paused(subject, false).await
+}
+
+async fn shutdown(State(subject): State<Arc<Subject>>) -> StatusCode {
+    // An eventfd that cannot count on is readable already.
+    let _ = subject.quit.write(1);
+    StatusCode::NO_CONTENT
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
+enum Typed {
+    /// Text, as it is.
+    Text(String),
+    /// The name of a key.
+    Key(String),
+}
+
+async fn console(State(subject): State<Arc<Subject>>, Body(typed): Body<Typed>) -> Answer<StatusCode> {
+    let bytes = match typed {
+        Typed::Text(text) => text.into_bytes(),
+        Typed::Key(name) => key(&name).ok_or_else(|| {
+            Failure::bad(format!(
+                "there is no key {name:?}: use enter, tab, escape, backspace, or ctrl-a to ctrl-z"
+            ))
+        })?,
+    };
+    subject.machine.platform().serial().input(&bytes);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// What a key sends over a serial line.
+fn key(name: &str) -> Option<Vec<u8>> {
+    let byte = match name {
+        "enter" => b'\r',
+        "tab" => b'\t',
+        "escape" => 0x1b,
+        "backspace" => 0x7f,
+        name => match name.strip_prefix("ctrl-")?.as_bytes() {
+            [letter @ b'a'..=b'z'] => letter & 0x1f,
+            _ => return None,
+        },
+    };
+    Some(vec![byte])
+}
+
+/// Dirty memory now.
+#[derive(Debug, Serialize)]
+struct Dirty<'a> {
+    tracker: &'a str,
+    armed: bool,
+    epoch_s: f64,
+    last: Option<&'a Epoch>,
+    totals: Option<&'a Totals>,
+    look: Option<&'a Look>,
+    looks: Option<&'a Looks>,
+    dump: Option<&'a DumpStatus>,
+}
+
+#[derive(Debug, Deserialize)]
+struct After {
+    /// Waits until there is an epoch after this one.
+    after: Option<u32>,
+}
+
+async fn dirty(State(subject): State<Arc<Subject>>, query: Result<Query<After>, axum::extract::rejection::QueryRejection>) -> Answer<Response> {
+    let Query(After { after }) = query.map_err(|error| Failure::bad(error.body_text()))?;
+    let mut board = subject.board.clone();
+    if let Some(after) = after {
+        let newer = board.wait_for(|posted| {
+            let epoch = posted.last.as_ref().map(|epoch| epoch.epoch);
+            // Numbers begin anew with another tracker.
+            epoch.or(posted.look.map(|look| look.epoch)).is_some_and(|epoch| epoch != after)
+        });
+        // Who has waited too long, or waits for an observer that has ended, is told what there is.
+        let _ = tokio::time::timeout(LONG_POLL, newer).await.map(|posted| posted.map(drop));
+    }
+    let posted = Arc::clone(&board.borrow());
+    let dirty = Dirty {
+        tracker: posted.tracker,
+        armed: posted.armed,
+        epoch_s: posted.epoch_s,
+        last: posted.last.as_deref(),
+        totals: posted.totals.as_deref(),
+        look: posted.look.as_ref(),
+        looks: posted.looks.as_ref(),
+        dump: posted.dump.as_ref(),
+    };
+    Ok(Json(dirty).into_response())
+}
+
+async fn ranges(State(subject): State<Arc<Subject>>) -> Json<Value> {
+    let posted = Arc::clone(&subject.board.borrow());
+    let ranges: Vec<Value> = posted
+        .ranges
+        .iter()
+        .map(|span| {
+            json!({
+                "gpa": span.range.start.gpa().0,
+                "bytes": span.range.bytes(),
+                "coarse": span.flags & flags::COARSE != 0,
+                "host": span.flags & flags::HOST != 0,
+            })
+        })
+        .collect();
+    Json(json!({ "epoch": posted.last.as_ref().map(|epoch| epoch.epoch), "ranges": ranges }))
+}
+
+/// Sends a command to the observer, and waits for its answer.
+async fn command<T>(subject: &Subject, make: impl FnOnce(Reply<T>) -> Command) -> Answer<T> {
+    let (reply, answer) = oneshot::channel::<Result<T, Refusal>>();
+    subject.commands.send(make(reply)).map_err(|_| Failure::gone())?;
+    Ok(answer.await.map_err(|_| Failure::gone())??)
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TrackRequest {
+    #[serde(default = "auto")]
+    track: String,
+    rearm: Option<String>,
+    epoch: Option<String>,
+}
+
+fn auto() -> String {
+    "auto".into()
+}
+
+async fn track(State(subject): State<Arc<Subject>>, Body(request): Body<TrackRequest>) -> Answer<StatusCode> {
+    let mut track: TrackConfig = request.track.parse().map_err(Failure::bad)?;
+    if let Some(rearm) = request.rearm {
+        track.rearm = rearm.parse::<Rearm>().map_err(Failure::bad)?;
+        track.check_rearm().map_err(Failure::bad)?;
+    }
+    if let Some(why) = track.refused(subject.machine.ram().config().fault) {
+        return Err(Failure::bad(why));
+    }
+    let epoch = request.epoch.map(|text| options::epoch(&text)).transpose().map_err(Failure::bad)?;
+    command(&subject, |reply| Command::Track(track, epoch, reply)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn untrack(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    let none = TrackConfig::from(dirty_track::tracker::Kind::None);
+    command(&subject, |reply| Command::Track(none, None, reply)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A dump that is asked for.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct DumpRequest {
+    /// Into this file of the monitor's; else in the response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) path: Option<PathBuf>,
+    pub(super) pages: bool,
+    pub(super) full: bool,
+    pub(super) compress: Compression,
+    pub(super) epochs: u64,
+    pub(super) interval_ms: u64,
+}
+
+impl DumpRequest {
+    fn config(&self) -> DumpConfig {
+        let &DumpRequest { pages, full, compress, epochs, interval_ms, .. } = self;
+        DumpConfig { pages, full, compress, epochs, interval_ms }
+    }
+}
+
+async fn dump(State(subject): State<Arc<Subject>>, Body(request): Body<DumpRequest>) -> Answer<Response> {
+    let config = request.config();
+    if config.full && !config.pages {
+        return Err(Failure::bad(crate::dump::DumpError::FullWithoutPages));
+    }
+    if let Some(path) = request.path {
+        let sink = FileSink::create(&path)
+            .map_err(|error| Failure::bad(format!("cannot write to {}: {error}", path.display())))?;
+        let sink: Box<dyn Sink> = Box::new(sink);
+        command(&subject, |reply| Command::Dump(sink, config, reply)).await?;
+        return Ok(StatusCode::ACCEPTED.into_response());
+    }
+    let (sink, pieces) = BodySink::new();
+    let sink: Box<dyn Sink> = Box::new(sink);
+    command(&subject, |reply| Command::Dump(sink, config, reply)).await?;
+    let pieces = ReceiverStream::new(pieces).map(Ok::<_, std::convert::Infallible>);
+    let kind = [(header::CONTENT_TYPE, "application/octet-stream")];
+    Ok((kind, HttpBody::from_stream(pieces)).into_response())
+}
+
+async fn dump_status(State(subject): State<Arc<Subject>>) -> Answer<Json<DumpStatus>> {
+    let posted = Arc::clone(&subject.board.borrow());
+    let none = || Failure(StatusCode::NOT_FOUND, "there has been no dump".into());
+    posted.dump.clone().map(Json).ok_or_else(none)
+}
+
+async fn end_dump(State(subject): State<Arc<Subject>>) -> Answer<Json<DumpStatus>> {
+    command(&subject, Command::EndDump).await.map(Json)
+}
+
+async fn metrics(State(subject): State<Arc<Subject>>) -> Response {
+    let posted = Arc::clone(&subject.board.borrow());
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    (kind, metrics::text(&subject, &posted)).into_response()
+}
