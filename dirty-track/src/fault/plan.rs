@@ -136,6 +136,20 @@ pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) 
     Plan::Install(Install { filled, cached, zeroed, protected, open, written: write, zero_page })
 }
 
+/// How `leaves`, all of them missing, are installed before anybody faulted.
+pub(super) fn ahead(origin: Origin, leaves: Leaves) -> Install {
+    let zero = origin == Origin::Zero;
+    Install {
+        filled: if zero { Leaves::NONE } else { leaves },
+        cached: origin == Origin::Cache,
+        zeroed: if zero { leaves } else { Leaves::NONE },
+        protected: origin != Origin::Staged,
+        open: false,
+        written: false,
+        zero_page: false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -19,7 +19,7 @@ use vmm_sys_util::errno;
 
 use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
 use crate::fault::counts::{Counter, Counters};
-use crate::fault::plan::{Install, Origin, Plan, Policies, View, plan};
+use crate::fault::plan::{Install, Origin, Plan, Policies, View, ahead, plan};
 use crate::fault::{Age, FaultError, PageSource, Prefault, WorkingSet};
 use crate::stage2::{Block, Contents, Kind, Leaves, Mapping, NoMemory, Seen, Spare, Stage2};
 use crate::sys::uffd::fill::Progress;
@@ -201,32 +201,31 @@ impl<K: Kernel> Pager<K> {
         }
     }
 
-    /// Installs everything of the block of `gfn` that is missing and is not zero.
-    pub(super) fn fill_block(&self, worker: &mut Worker, index: usize, gfn: Gfn) -> Result<(), FaultError> {
+    /// Installs what is missing of the `wanted` leaves of the block of `gfn`, of which nobody is known to have touched
+    /// any.
+    pub(super) fn fill_block(
+        &self,
+        worker: &mut Worker,
+        index: usize,
+        gfn: Gfn,
+        wanted: impl Fn(&Block<'_>) -> Leaves,
+    ) -> Result<(), FaultError> {
         let slot = &self.slots[index];
         worker.fetched = Leaves::NONE;
         loop {
             worker.spare.fill()?;
             let no_news = self.no_news();
             let Some(mut block) = self.stage2.block(gfn) else { return Ok(()) };
-            let filled = block.own() & !block.present() & !block.dropped();
-            if filled.is_empty() {
+            let missing = wanted(&block) & block.own() & !block.present() & !block.dropped();
+            if missing.is_empty() {
                 return Ok(());
             }
-            // Nobody faulted, so nobody is known to have touched them.
-            let install = Install {
-                filled,
-                cached: false,
-                zeroed: Leaves::NONE,
-                protected: slot.origin != Origin::Staged,
-                open: false,
-                written: false,
-                zero_page: false,
-            };
+            let missing = if slot.huge { block.own() } else { missing };
+            let install = ahead(slot.origin, missing);
             if !slot.has_at_hand(worker, &install) {
                 let first = block.first();
                 drop((block, no_news));
-                worker.fetch(slot, first, &filled).map_err(|source| FaultError::Fetch { gfn, source })?;
+                worker.fetch(slot, first, &missing).map_err(|source| FaultError::Fetch { gfn, source })?;
                 continue;
             }
             let (end, done) = self.install(worker, &mut block, index, None, &install)?;
@@ -365,6 +364,14 @@ impl<K: Kernel> Pager<K> {
             }
             (End::Done | End::Again, None) => Ok(()),
         }
+    }
+
+    /// The old pages of the block of `gfn` look unused to the host.
+    pub(super) fn cool_block(&self, index: usize, gfn: Gfn) {
+        let Some(block) = self.stage2.block(gfn) else { return };
+        let (old, young) = (block.old(), block.present() & !block.old());
+        drop(block);
+        self.cool(index, gfn, &old, &young);
     }
 
     /// After everybody is awake: pages that came along and are old look unused to the host.

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::fault::counts::Counts;
 use crate::fault::plan::{Origin, Policies};
 use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
 use crate::fault::{FaultError, Prefault, Source, WorkingSet};
-use crate::stage2::{Disagreement, Leaves, Seen, Stage2};
+use crate::stage2::{Block, Disagreement, Leaves, Seen, Stage2};
 use crate::sys::pagemap::{Found, Pagemap};
 use crate::sys::uffd::fill::{Progress, Staging, cold};
 use crate::sys::uffd::message::{Cause, Message};
@@ -50,6 +50,7 @@ impl Default for Config {
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
+    /// Readable for handlers that are to end.
     stop: EventFd,
     threads: Vec<JoinHandle<()>>,
     /// The first so many slots are.
@@ -59,6 +60,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     pager: Pager<KernelUffd>,
+    /// Who works ahead is to end.
+    ending: AtomicBool,
     /// The newest.
     failure: Mutex<Option<FaultError>>,
 }
@@ -127,7 +130,7 @@ impl Server {
             news: RwLock::new(()),
             counters: Default::default(),
         };
-        let shared = Arc::new(Shared { pager, failure: Mutex::new(None) });
+        let shared = Arc::new(Shared { pager, ending: AtomicBool::new(false), failure: Mutex::new(None) });
         let stop = EventFd::new(EFD_NONBLOCK).map_err(FaultError::Handler)?;
         let mut server = Server { shared, stop, threads: Vec::new(), registered: 0 };
         for _ in 0..handlers {
@@ -135,7 +138,22 @@ impl Server {
         }
         server.register()?;
         server.shared.pager.adopt()?;
+        if policies.prefault == Prefault::Recorded {
+            server.work_ahead().map_err(FaultError::Handler)?;
+        }
         Ok(server)
+    }
+
+    /// Brings the working set in before it is asked for. Who asks earlier is served as ever, with what the working set
+    /// has of that block.
+    fn work_ahead(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let work = move || {
+            // A source that panics here is asked again by a handler, which reports it.
+            let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead()));
+        };
+        self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
+        Ok(())
     }
 
     fn spawn(&mut self) -> io::Result<()> {
@@ -224,7 +242,7 @@ impl Server {
             }
             for block in slot.frames.start.block()..=Gfn(slot.frames.end().0 - 1).block() {
                 let gfn = Gfn((block * LEAVES_PER_BLOCK).max(slot.frames.start.0));
-                pager.fill_block(&mut worker, index, gfn)?;
+                pager.fill_block(&mut worker, index, gfn, |_| Leaves::ALL)?;
             }
         }
         Ok(())
@@ -252,6 +270,7 @@ impl Server {
         }
         self.shared.wake_all();
         self.registered = 0;
+        self.shared.ending.store(true, Ordering::Relaxed);
         // An eventfd whose counter is not nearly full takes the write.
         let _ = self.stop.write(1);
         // A source that does not return keeps its handler, which has all that it needs and touches nothing any more.
@@ -357,6 +376,38 @@ impl Shared {
                 }
             }
             waiting.one_done();
+        }
+    }
+
+    /// Installs the working set, block by block.
+    fn work_ahead(&self) {
+        let pager = &self.pager;
+        let mut worker = Worker::default();
+        let wanted = |block: &Block<'_>| pager.working_set.leaves(block);
+        self.each_of_working_set(|index, gfn| {
+            let outcome = pager.fill_block(&mut worker, index, gfn, wanted);
+            outcome.unwrap_or_else(|error| self.failed(error));
+        });
+        // Not before all of it is there: each of these calls holds up who runs on another processor.
+        self.each_of_working_set(|index, gfn| pager.cool_block(index, gfn));
+    }
+
+    /// Gives `each` a page of every block of every slot that has pages of the working set, until the service ends.
+    fn each_of_working_set(&self, mut each: impl FnMut(usize, Gfn)) {
+        for (index, slot) in self.pager.slots.iter().enumerate() {
+            let mut next = slot.frames.start;
+            for range in self.pager.working_set.ranges() {
+                // A range may reach beyond the slot, and a block may have several.
+                let (mut gfn, end) = (range.start.max(next), range.end().min(slot.frames.end()));
+                while gfn < end {
+                    if self.ending.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    each(index, gfn);
+                    gfn = Gfn((gfn.block() + 1) * LEAVES_PER_BLOCK);
+                    next = gfn;
+                }
+            }
         }
     }
 

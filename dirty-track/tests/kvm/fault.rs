@@ -7,7 +7,7 @@ use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dirty_track::addr::{BLOCK_SIZE, Gfn, PAGE_SIZE, PageRange};
 use dirty_track::fault::{
@@ -252,6 +252,40 @@ fn a_guest_finds_what_its_source_has() {
             assert_page(machine, Gfn(0x1567), original(Gfn(0x1567)), None);
             assert_page(machine, Gfn(0x401), 0, None);
         }
+    }
+}
+
+#[test]
+fn a_recorded_working_set_is_there_before_it_is_asked_for() {
+    let test = "fault::a_recorded_working_set_is_there_before_it_is_asked_for";
+    let Some(kvm) = kvm(test) else { return };
+    for backing in [Backing::Small, Backing::Memfd] {
+        let Some(mut backed) = backing.untouched(&kvm, test) else { continue };
+        let Backed { machine, guest, .. } = &mut backed;
+        let policies = Policies { prefault: Prefault::Recorded, ..Policies::default() };
+        // It comes from a file, and may name what this guest does not have.
+        let pages = scattered();
+        let recorded = pages.iter().map(|&start| PageRange { start, pages: 1 });
+        let beyond = PageRange { start: Gfn(SLOTS[1].0.0 + SLOTS[1].1 - 3), pages: 1 << 50 };
+        let config = Config { policies, working_set: WorkingSet::new(recorded.chain([beyond])), handlers: 1 };
+        let Some(server) = serve(test, machine, &Source::Fetch(Arc::new(Originals)), config) else { return };
+        let all = pages.len() as u64 + 2;
+        let patience = Instant::now() + Duration::from_secs(60);
+        while server.counts().installed < all && Instant::now() < patience {
+            thread::yield_now();
+        }
+        assert_eq!((server.counts().installed, server.counts().failures), (all, 0), "{backing:?}");
+        guest.read(&pages);
+        let counted = counts(&server);
+        assert_eq!((counted.missing, counted.installed, counted.old), (0, all, all), "{backing:?}");
+        // That they were read nobody saw; that they are written is seen.
+        assert_eq!(WorkingSet::touched(server.stage2()).pages(), 0);
+        guest.write(&pages[..5], 9);
+        assert_eq!((WorkingSet::touched(server.stage2()).pages(), counts(&server).hits), (5, 5));
+        for (index, gfn) in pages.iter().enumerate() {
+            assert_page(machine, *gfn, original(*gfn), (index < 5).then_some(9));
+        }
+        check(&server);
     }
 }
 

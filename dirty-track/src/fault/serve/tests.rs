@@ -433,7 +433,7 @@ proptest! {
                 Op::FillRest(page) => {
                     let gfn = Gfn(FRAMES.start.0 + page as u64);
                     if !matches!(origin, Origin::Zero | Origin::Cache) {
-                        let _ = world.pager.fill_block(&mut world.worker, 0, gfn);
+                        let _ = world.pager.fill_block(&mut world.worker, 0, gfn, |_| Leaves::ALL);
                     }
                 }
                 Op::Trouble(calls, error) => {
