@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::errno;
 
@@ -32,8 +32,9 @@ use crate::tracker::uffd_async::guarantees;
 use crate::tracker::wp_slot::{WpSlot, masks};
 use crate::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
 
-/// Mappings that change are a matter of microseconds, unless the handlers have no time to read of it.
-const ATTEMPTS: usize = 1000;
+/// Mappings change until a handler has read of it, which is a matter of microseconds; on a host with more to do than it
+/// has processors, of many milliseconds. A handler that has not come to that after this time does not run at all.
+const PATIENCE: Duration = Duration::from_secs(10);
 const BETWEEN_ATTEMPTS: Duration = Duration::from_micros(100);
 
 /// The tracker; see the [module](self).
@@ -261,11 +262,11 @@ impl<K: Kernel> Pager<K> {
 /// is held meanwhile.
 fn patiently(mut attempt: impl FnMut() -> Result<(), FaultError>) -> Result<(), FaultError> {
     let changing = |error: &FaultError| matches!(error, FaultError::Protect { source, .. } if *source == errno::Error::new(libc::EAGAIN));
-    for _ in 1..ATTEMPTS {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
         match attempt() {
-            Err(error) if changing(&error) => thread::sleep(BETWEEN_ATTEMPTS),
+            Err(error) if changing(&error) && Instant::now() < deadline => thread::sleep(BETWEEN_ATTEMPTS),
             outcome => return outcome,
         }
     }
-    attempt()
 }
