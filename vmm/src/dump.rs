@@ -189,9 +189,8 @@ pub fn slots(ram: &Ram) -> Vec<SlotInfo> {
 
 /// Writes the contents of `range`.
 fn contents<W: Write>(epoch: &mut EpochWriter<'_, W>, range: PageRange, ram: &Ram) -> Result<(), DumpError> {
-    Ok(epoch.pages(range, |gpa, to| {
-        ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other)
-    })?)
+    Ok(epoch
+        .pages(range, |gpa, to| ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other))?)
 }
 
 /// The dirty pages of `slot`, as runs of pages of which the same is known.
@@ -199,7 +198,9 @@ pub fn spans(slot: &SlotSet) -> impl Iterator<Item = Span> + '_ {
     let first = slot.frames().start.0;
     let flags_of = move |page: usize| {
         let has = |words: &[u64]| {
-            words.get(page / bitmap::PAGES_PER_WORD).is_some_and(|word| word >> (page % bitmap::PAGES_PER_WORD) & 1 != 0)
+            words
+                .get(page / bitmap::PAGES_PER_WORD)
+                .is_some_and(|word| word >> (page % bitmap::PAGES_PER_WORD) & 1 != 0)
         };
         let flag = |words: &[u64], flag: u32| if has(words) { flag } else { 0 };
         flag(slot.coarse_words(), flags::COARSE) | flag(slot.host_words(), flags::HOST)

@@ -51,7 +51,7 @@ pub enum LiveError {
 /// What happened in one epoch.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Epoch {
-    /// Number, from 1.
+    /// Number, from 1; with another tracker they go on.
     pub epoch: u32,
     /// Seconds from arming to the epoch's end.
     pub at_s: f64,
@@ -219,6 +219,7 @@ pub struct Observer {
     wants_working_set: Option<WorkingSetConfig>,
     watch: Option<Watch>,
     ever: DirtyBitmap,
+    first: u32,
     epoch: u32,
     armed: Instant,
     began: Instant,
@@ -245,12 +246,24 @@ impl Observer {
             wants_working_set: None,
             watch: None,
             ever: DirtyBitmap::new(pages as usize),
+            first: 1,
             epoch: 0,
             armed: now,
             began: now,
             totals: Totals::default(),
             machine,
         }
+    }
+
+    /// Numbers epochs from `first` on: a guest's ledger knows epochs by their numbers, so they must not come again with
+    /// another observer.
+    pub fn count_from(&mut self, first: u32) {
+        self.first = first;
+    }
+
+    /// Number of the epoch that is under way; 0 before it is armed.
+    pub fn epoch(&self) -> u32 {
+        self.epoch
     }
 
     /// Uses `cost` for the slow-down estimate from now on.
@@ -279,7 +292,7 @@ impl Observer {
         let _still = self.wants_ledger.then(|| machine.pause());
         self.tracker.arm()?;
         self.watch = self.wants_working_set.map(|config| Watch::begin(&machine, config)).transpose()?;
-        self.epoch = 1;
+        self.epoch = self.first;
         if self.attach_ledger()?
             && let Some(ledger) = &mut self.ledger
         {

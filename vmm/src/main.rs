@@ -5,12 +5,17 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dirty_track::fault::{Age, Split};
+use dirty_track::log::Compression;
 use dirty_track::rearm::Rearm;
 use dirty_track::tracker::Kind;
+use vmm::api::client::ClientError;
 use vmm::boot::Kernel;
 use vmm::devices::virtio::disk::DiskConfig;
+use vmm::dirty;
+use vmm::dump::DumpConfig;
 use vmm::fault::{FaultConfig, PrefaultChoice};
 use vmm::forecast::Link;
+use vmm::logfile::{self, Export, LogfileError};
 use vmm::memory::{Faults, MemoryConfig};
 use vmm::options;
 use vmm::run::{Outcome, RunConfig, run};
@@ -30,11 +35,116 @@ struct Cli {
 enum Verb {
     /// Run a guest and show its dirty memory live. Without arguments: the built-in guest for 30 s
     Run(Box<RunArgs>),
+    /// Ask a running monitor about dirty memory
+    Dirty(DirtyArgs),
+    /// Read, apply and draw dirty logs
+    #[command(subcommand)]
+    Log(LogVerb),
     /// Say what this host can do for virtual machines and for tracking their memory
     Doctor {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+}
+
+#[derive(Args)]
+struct DirtyArgs {
+    /// Control socket of the monitor: what `vmm run --api-socket` was given
+    #[arg(long, value_name = "PATH")]
+    api_socket: std::path::PathBuf,
+    /// JSON on standard output
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: DirtyVerb,
+}
+
+#[derive(Subcommand)]
+enum DirtyVerb {
+    /// Write the dirty log while the guest runs. Ctrl-C ends it as it should be
+    Dump {
+        /// Length of an epoch [default: that of the run]
+        #[arg(long, value_name = "TIME", value_parser = options::epoch)]
+        interval: Option<Duration>,
+        /// End after so many epochs [default: at Ctrl-C, or when the guest ends]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        epochs: Option<u64>,
+        /// The contents of dirty pages, too; the guest stands still for those of the last epoch
+        #[arg(long)]
+        pages: bool,
+        /// All of memory first, so that the log stands for itself
+        #[arg(long, requires = "pages")]
+        full: bool,
+        /// How contents are compressed: none, lz4 or zstd
+        #[arg(long, value_name = "HOW", default_value = "none")]
+        compress: Compression,
+        /// Where to: a file, which is there when it is whole, or - for standard output
+        #[arg(short, long, value_name = "FILE")]
+        output: std::path::PathBuf,
+    },
+    /// A line for each epoch
+    Watch,
+    /// How fast the guest dirties memory, and what follows for a migration
+    Rate,
+}
+
+#[derive(Subcommand)]
+enum LogVerb {
+    /// What is in a log, and whether it is whole
+    Info {
+        /// The log; - for standard input
+        log: std::path::PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List dirty ranges
+    Ranges {
+        /// The log; - for standard input
+        log: std::path::PathBuf,
+        /// Just this epoch
+        #[arg(long, value_name = "N")]
+        epoch: Option<u64>,
+    },
+    /// Print all ranges, and which vCPU wrote them, for programs
+    #[command(group(clap::ArgGroup::new("form").required(true)))]
+    Export {
+        /// The log; - for standard input
+        log: std::path::PathBuf,
+        /// A JSON object a line
+        #[arg(long, group = "form")]
+        json: bool,
+        /// Comma-separated values
+        #[arg(long, group = "form")]
+        csv: bool,
+    },
+    /// Make an image of memory as it was at the log's end
+    Apply {
+        /// A log with contents; - for standard input
+        log: std::path::PathBuf,
+        /// Image of memory as it was when the log began [default: nothing but zeros, as for a log of --full]
+        #[arg(long, value_name = "IMAGE")]
+        base: Option<std::path::PathBuf>,
+        /// The image to make: the byte of each guest-physical address at that offset. It may be the base
+        #[arg(short, long, value_name = "IMAGE")]
+        output: std::path::PathBuf,
+    },
+    /// Check that a log is whole, and that an image is what the log says
+    Verify {
+        /// The log; - for standard input
+        log: std::path::PathBuf,
+        /// Image of memory as it was at the log's end
+        #[arg(long)]
+        image: Option<std::path::PathBuf>,
+    },
+    /// Draw dirty memory over time
+    Heatmap {
+        /// The log; - for standard input
+        log: std::path::PathBuf,
+        /// A .png or .svg [default: as text]
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<std::path::PathBuf>,
     },
 }
 
@@ -136,6 +246,9 @@ struct RunArgs {
     /// Report how long each phase of the start took
     #[arg(long)]
     timing: bool,
+    /// Serve HTTP with JSON at this Unix socket: state, pause, dirty memory, dumps, metrics (`vmm dirty`, curl)
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<std::path::PathBuf>,
 }
 
 fn bandwidth(text: &str) -> Result<u64, String> {
@@ -193,6 +306,42 @@ fn epoch_options(args: &RunArgs) -> Result<(), &'static str> {
     }
 }
 
+fn dirty_verb(args: DirtyArgs) -> Result<(), ClientError> {
+    let socket = &args.api_socket;
+    match args.verb {
+        DirtyVerb::Dump { interval, epochs, pages, full, compress, output } => {
+            let interval_ms = interval.map_or(0, |interval| interval.as_millis() as u64);
+            let config = DumpConfig { pages, full, compress, epochs: epochs.unwrap_or(0), interval_ms };
+            dirty::dump(socket, config, &output, args.json)
+        }
+        DirtyVerb::Watch => dirty::watch(socket, args.json),
+        DirtyVerb::Rate => dirty::rate(socket, args.json),
+    }
+}
+
+fn log_verb(verb: LogVerb) -> Result<(), LogfileError> {
+    match verb {
+        LogVerb::Info { log, json } => logfile::info(&log, json),
+        LogVerb::Ranges { log, epoch } => logfile::ranges(&log, epoch),
+        LogVerb::Export { log, csv, .. } => {
+            logfile::export(&log, if csv { Export::Csv } else { Export::Json })
+        }
+        LogVerb::Apply { log, base, output } => logfile::apply(&log, base.as_deref(), &output),
+        LogVerb::Verify { log, image } => logfile::verify(&log, image.as_deref()),
+        LogVerb::Heatmap { log, output } => logfile::heatmap(&log, output.as_deref()),
+    }
+}
+
+fn said(outcome: Result<(), impl std::fmt::Display>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let timing = Timing::start();
     match Cli::parse().verb {
@@ -241,6 +390,7 @@ fn main() -> ExitCode {
                 json: args.json,
                 quiet: args.quiet,
                 timing: args.timing,
+                api_socket: args.api_socket,
             };
             match run(config, &timing) {
                 Ok(Outcome::Done) => ExitCode::SUCCESS,
@@ -252,6 +402,8 @@ fn main() -> ExitCode {
                 }
             }
         }
+        Verb::Dirty(args) => said(dirty_verb(args)),
+        Verb::Log(verb) => said(log_verb(verb)),
         Verb::Doctor { json } => vmm::doctor::run(json),
     }
 }

@@ -163,7 +163,18 @@ impl Observing {
         failed: EventFd,
     ) -> io::Result<Observing> {
         let body = move || {
-            let mut watch = Watch { observers, eye, show, board, plan, orders, looks: None, cost_ns: None, dump: None };
+            let mut watch = Watch {
+                observers,
+                eye,
+                show,
+                board,
+                plan,
+                orders,
+                looks: None,
+                cost_ns: None,
+                dump: None,
+                next_epoch: 1,
+            };
             let failure = watch.run().err();
             if failure.is_some() {
                 // Only when its counter is full, and then it is readable.
@@ -210,6 +221,8 @@ struct Watch {
     looks: Option<Looks>,
     cost_ns: Option<f64>,
     dump: Option<Dump<Counted>>,
+    /// Number that the next observer begins with.
+    next_epoch: u32,
 }
 
 /// Why a wait ended.
@@ -249,6 +262,7 @@ impl Watch {
     fn begin(&mut self) -> Result<(), LiveError> {
         match &mut self.eye.by {
             By::Tracker(observer) => {
+                observer.count_from(self.next_epoch);
                 observer.arm()?;
                 if self.plan.wants_cost
                     && let Ok(Some(cost)) = cost::measure(self.eye.kind, &self.eye.track)
@@ -384,6 +398,7 @@ impl Watch {
         // The one before gives up what it has: a memslot has one log, and memory one userfaultfd.
         if let By::Tracker(observer) = &mut self.eye.by {
             observer.disarm()?;
+            self.next_epoch = observer.epoch() + 1;
         }
         self.eye.by = By::Nothing;
         self.eye = self.observers.eye(track)?;

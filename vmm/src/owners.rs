@@ -9,7 +9,7 @@ use dirty_track::addr::PageRange;
 use dirty_track::walk::virt::{Limits, VirtualRun, virtual_view};
 use dirty_track::walk::x86::{Paging, X86Error};
 use kvm_bindings::kvm_sregs;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryBackend;
 
 /// Address spaces that are looked at in an epoch: those of vCPUs first, then the ones seen last.
@@ -30,7 +30,7 @@ const EFER_NXE: u64 = 1 << 11;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Space {
     /// The root of its page tables, as in CR3 but without flags.
-    #[serde(serialize_with = "hex")]
+    #[serde(with = "hex")]
     pub cr3: u64,
     /// vCPUs that used it when the epoch ended.
     pub vcpus: Vec<u8>,
@@ -50,10 +50,10 @@ pub struct Space {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
     /// First virtual address.
-    #[serde(serialize_with = "hex")]
+    #[serde(with = "hex")]
     pub gva: u64,
     /// First guest-physical address.
-    #[serde(serialize_with = "hex")]
+    #[serde(with = "hex")]
     pub gpa: u64,
     /// Pages.
     pub pages: u64,
@@ -63,8 +63,20 @@ pub struct Run {
     pub user: bool,
 }
 
-fn hex<S: Serializer>(address: &u64, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&format_args!("{address:#x}"))
+/// Addresses as people write them.
+mod hex {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    pub(super) fn serialize<S: Serializer>(address: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{address:#x}"))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits = text.strip_prefix("0x").and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        digits.ok_or_else(|| D::Error::custom(format_args!("{text:?} is no address")))
+    }
 }
 
 impl From<&VirtualRun> for Run {

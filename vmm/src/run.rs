@@ -222,6 +222,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
                 quit: another(&quit)?,
                 began: Instant::now(),
                 paused: Mutex::new(false),
+                cut: Mutex::default(),
             };
             Some(api::Server::start(path, subject)?)
         }

@@ -223,7 +223,7 @@ impl<R: Read> LogReader<R> {
     /// Reads the entries behind the first `skip` bytes of the payload, and returns how many pages they have.
     fn get_spans(&mut self, skip: usize) -> Result<u64, ReadError> {
         let entries = &self.records.payload()[skip..];
-        if entries.len() % ENTRY != 0 {
+        if !entries.len().is_multiple_of(ENTRY) {
             return Err(self.records.senseless("it has a part of an entry"));
         }
         self.spans.clear();

@@ -76,7 +76,8 @@ impl Client {
         }
         let status = response.status();
         let body = response.into_body().collect().await?.to_bytes();
-        let said = serde_json::from_slice::<Problem>(&body).map_or_else(|_| status.to_string(), |problem| problem.error);
+        let said = serde_json::from_slice::<Problem>(&body)
+            .map_or_else(|_| status.to_string(), |problem| problem.error);
         Err(ClientError::Refused(said))
     }
 

@@ -20,6 +20,8 @@ use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use stream::Cut;
+
 use crate::board::Reader;
 use crate::machine::Machine;
 use crate::observe::Command;
@@ -34,6 +36,8 @@ pub(crate) struct Subject {
     pub(crate) began: Instant,
     /// Whether a client has stopped the vCPUs.
     pub(crate) paused: Mutex<bool>,
+    /// Of the newest dump that is a response.
+    pub(crate) cut: Mutex<Cut>,
 }
 
 /// The description of what is served: OpenAPI 3.1.

@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::answer::{Body, Failure};
 use super::stream::{BodySink, FileSink};
-use super::{OPENAPI, Subject, metrics};
+use super::{Cut, OPENAPI, Subject, metrics};
 use crate::board::DumpStatus;
 use crate::dump::DumpConfig;
 use crate::live::{Epoch, Totals};
@@ -37,6 +37,9 @@ const BODY: usize = 64 << 10;
 
 /// How long who waits for an epoch is kept waiting.
 const LONG_POLL: Duration = Duration::from_secs(30);
+
+/// How long the end of a dump waits for who reads it.
+const FOR_A_READER: Duration = Duration::from_secs(5);
 
 pub(super) fn routes(subject: Arc<Subject>) -> Router {
     Router::new()
@@ -58,7 +61,10 @@ pub(super) fn routes(subject: Arc<Subject>) -> Router {
 }
 
 async fn nothing() -> Failure {
-    Failure(StatusCode::NOT_FOUND, "there is nothing at this path: GET /openapi.json tells what there is".into())
+    Failure(
+        StatusCode::NOT_FOUND,
+        "there is nothing at this path: GET /openapi.json tells what there is".into(),
+    )
 }
 
 async fn not_like_that() -> Failure {
@@ -189,7 +195,10 @@ struct After {
     after: Option<u32>,
 }
 
-async fn dirty(State(subject): State<Arc<Subject>>, query: Result<Query<After>, axum::extract::rejection::QueryRejection>) -> Answer<Response> {
+async fn dirty(
+    State(subject): State<Arc<Subject>>,
+    query: Result<Query<After>, axum::extract::rejection::QueryRejection>,
+) -> Answer<Response> {
     let Query(After { after }) = query.map_err(|error| Failure::bad(error.body_text()))?;
     let mut board = subject.board.clone();
     if let Some(after) = after {
@@ -252,6 +261,12 @@ fn auto() -> String {
     "auto".into()
 }
 
+/// Commands that a dump is in the way of are not even sent: the observer may be waiting for who reads it.
+fn not_while_dumping(subject: &Subject) -> Answer<()> {
+    let running = subject.board.borrow().dump.as_ref().is_some_and(|dump| dump.running);
+    if running { Err(Refusal::Dumping.into()) } else { Ok(()) }
+}
+
 async fn track(State(subject): State<Arc<Subject>>, Body(request): Body<TrackRequest>) -> Answer<StatusCode> {
     let mut track: TrackConfig = request.track.parse().map_err(Failure::bad)?;
     if let Some(rearm) = request.rearm {
@@ -262,11 +277,13 @@ async fn track(State(subject): State<Arc<Subject>>, Body(request): Body<TrackReq
         return Err(Failure::bad(why));
     }
     let epoch = request.epoch.map(|text| options::epoch(&text)).transpose().map_err(Failure::bad)?;
+    not_while_dumping(&subject)?;
     command(&subject, |reply| Command::Track(track, epoch, reply)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn untrack(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    not_while_dumping(&subject)?;
     let none = TrackConfig::from(dirty_track::tracker::Kind::None);
     command(&subject, |reply| Command::Track(none, None, reply)).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -298,6 +315,7 @@ async fn dump(State(subject): State<Arc<Subject>>, Body(request): Body<DumpReque
     if config.full && !config.pages {
         return Err(Failure::bad(crate::dump::DumpError::FullWithoutPages));
     }
+    not_while_dumping(&subject)?;
     if let Some(path) = request.path {
         let sink = FileSink::create(&path)
             .map_err(|error| Failure::bad(format!("cannot write to {}: {error}", path.display())))?;
@@ -305,7 +323,9 @@ async fn dump(State(subject): State<Arc<Subject>>, Body(request): Body<DumpReque
         command(&subject, |reply| Command::Dump(sink, config, reply)).await?;
         return Ok(StatusCode::ACCEPTED.into_response());
     }
-    let (sink, pieces) = BodySink::new();
+    let cut = Cut::default();
+    subject.cut.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&cut);
+    let (sink, pieces) = BodySink::new(cut);
     let sink: Box<dyn Sink> = Box::new(sink);
     command(&subject, |reply| Command::Dump(sink, config, reply)).await?;
     let pieces = ReceiverStream::new(pieces).map(Ok::<_, std::convert::Infallible>);
@@ -320,7 +340,18 @@ async fn dump_status(State(subject): State<Arc<Subject>>) -> Answer<Json<DumpSta
 }
 
 async fn end_dump(State(subject): State<Arc<Subject>>) -> Answer<Json<DumpStatus>> {
-    command(&subject, Command::EndDump).await.map(Json)
+    let end = command(&subject, Command::EndDump);
+    tokio::pin!(end);
+    if let Ok(ended) = tokio::time::timeout(FOR_A_READER, &mut end).await {
+        return ended.map(Json);
+    }
+    // Whoever reads the log does not read: it ends without.
+    subject.cut.lock().unwrap_or_else(PoisonError::into_inner).cut();
+    match end.await {
+        // It has ended by being cut.
+        Err(Failure(StatusCode::CONFLICT, _)) => dump_status(State(Arc::clone(&subject))).await,
+        ended => ended.map(Json),
+    }
 }
 
 async fn metrics(State(subject): State<Arc<Subject>>) -> Response {

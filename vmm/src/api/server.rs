@@ -11,9 +11,9 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, oneshot};
 
+use super::Subject;
 use super::routes;
 use super::socket::{Socket, SocketError};
-use super::Subject;
 
 /// Why nothing is served.
 #[derive(Debug, thiserror::Error)]

@@ -2,10 +2,15 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use crate::observe::Sink;
 
@@ -44,20 +49,48 @@ impl Sink for FileSink {
 /// Pieces of a stream that wait for a slow reader: 16 of up to 1 MiB each.
 const WAITING: usize = 16;
 
-/// The body of a response. Who writes waits for who reads, until that goes away.
-pub(super) struct BodySink(mpsc::Sender<Bytes>);
+/// How long who writes sleeps while who reads has enough to read.
+const NAP: Duration = Duration::from_millis(1);
+
+/// The body of a response. Who writes waits for who reads, until that goes away, or the body is [cut](Cut).
+pub(super) struct BodySink {
+    pieces: mpsc::Sender<Bytes>,
+    cut: Cut,
+}
+
+/// Ends the wait for a reader that does not read.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cut(Arc<AtomicBool>);
+
+impl Cut {
+    pub(super) fn cut(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 impl BodySink {
-    pub(super) fn new() -> (BodySink, mpsc::Receiver<Bytes>) {
-        let (sender, receiver) = mpsc::channel(WAITING);
-        (BodySink(sender), receiver)
+    pub(super) fn new(cut: Cut) -> (BodySink, mpsc::Receiver<Bytes>) {
+        let (pieces, receiver) = mpsc::channel(WAITING);
+        (BodySink { pieces, cut }, receiver)
     }
 }
 
 impl Write for BodySink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let sent = self.0.blocking_send(Bytes::copy_from_slice(bytes));
-        sent.map(|()| bytes.len()).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        let mut piece = Bytes::copy_from_slice(bytes);
+        loop {
+            match self.pieces.try_send(piece) {
+                Ok(()) => return Ok(bytes.len()),
+                Err(TrySendError::Full(_)) if self.cut.0.load(Ordering::Relaxed) => {
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, "whoever reads it does not read on"));
+                }
+                Err(TrySendError::Full(back)) => piece = back,
+                Err(TrySendError::Closed(_)) => {
+                    return Err(io::Error::new(io::ErrorKind::BrokenPipe, "whoever read it has gone"));
+                }
+            }
+            thread::sleep(NAP);
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -26,7 +26,8 @@ pub fn apply(path: &Path, base: Option<&Path>, output: &Path) -> Result<(), Logf
     let mut image =
         tempfile::Builder::new().prefix(".vmm").tempfile_in(parent).map_err(write_error(output))?;
     if let Some(base) = base {
-        let source = File::open(base).map_err(|source| LogfileError::Open { path: base.to_owned(), source })?;
+        let source =
+            File::open(base).map_err(|source| LogfileError::Open { path: base.to_owned(), source })?;
         copy_sparse(&source, image.as_file()).map_err(write_error(output))?;
     }
     let end = log.header().slots.last().map_or(0, |slot| slot.frames().end().gpa().0);

@@ -234,7 +234,13 @@ fn draw(heat: &Heat, subject: &str, canvas: &mut impl Canvas) {
             if here != CLEAN {
                 // The lowest address is at the bottom.
                 let y = TOP + MAP_HEIGHT - (row + 1) as f64 * row_height;
-                canvas.rect(LEFT + column as f64 * width, y, (next - column) as f64 * width, row_height, here);
+                canvas.rect(
+                    LEFT + column as f64 * width,
+                    y,
+                    (next - column) as f64 * width,
+                    row_height,
+                    here,
+                );
             }
             column = next;
         }
@@ -249,7 +255,14 @@ fn draw(heat: &Heat, subject: &str, canvas: &mut impl Canvas) {
         canvas.rect(x, TOP + MAP_HEIGHT, 1.0, 5.0, INK);
         canvas.text(x, TOP + MAP_HEIGHT + 22.0, Anchor::Middle, 14, INK, &seconds(tick, end));
     }
-    canvas.text(LEFT + MAP_WIDTH / 2.0, TOP + MAP_HEIGHT + 46.0, Anchor::Middle, 14, FAINT, "time since the log began, in seconds");
+    canvas.text(
+        LEFT + MAP_WIDTH / 2.0,
+        TOP + MAP_HEIGHT + 46.0,
+        Anchor::Middle,
+        14,
+        FAINT,
+        "time since the log began, in seconds",
+    );
     for eighth in 0..=8u64 {
         let y = TOP + MAP_HEIGHT * (1.0 - eighth as f64 / 8.0);
         canvas.rect(LEFT - 5.0, y.min(TOP + MAP_HEIGHT - 1.0), 5.0, 1.0, INK);
@@ -267,7 +280,13 @@ fn draw(heat: &Heat, subject: &str, canvas: &mut impl Canvas) {
     for step in 0..steps {
         let share = LEAST.powf(1.0 - f64::from(step) / f64::from(steps - 1));
         let height = MAP_HEIGHT / 2.0 / f64::from(steps);
-        canvas.rect(x, y + MAP_HEIGHT / 2.0 - f64::from(step + 1) * height, width, height + 0.5, colour(share));
+        canvas.rect(
+            x,
+            y + MAP_HEIGHT / 2.0 - f64::from(step + 1) * height,
+            width,
+            height + 0.5,
+            colour(share),
+        );
     }
     for (index, label) in ["0.1 %", "1 %", "10 %", "100 %"].into_iter().enumerate() {
         let at = y + MAP_HEIGHT / 2.0 * (1.0 - index as f64 / 3.0);
@@ -278,7 +297,8 @@ fn draw(heat: &Heat, subject: &str, canvas: &mut impl Canvas) {
     canvas.text(x, TOP - 16.0, Anchor::Start, 14, FAINT, "dirty pages");
     let epochs: u32 = heat.columns.iter().map(|column| column.epochs).sum();
     let each = human_size((heat.per_row() * PAGE_SIZE as f64) as u64);
-    let note = format!("{epochs} epochs; a row is {each} of memory; share of its pages that an epoch dirtied");
+    let note =
+        format!("{epochs} epochs; a row is {each} of memory; share of its pages that an epoch dirtied");
     canvas.text(LEFT, HEIGHT - 28.0, Anchor::Start, 14, FAINT, &note);
 }
 
@@ -328,7 +348,12 @@ fn text(heat: &Heat, subject: &str) -> String {
         out.push('\n');
     }
     out.push_str(&format!("{:>10} └{}\n", "", "─".repeat(TEXT.0)));
-    out.push_str(&format!("{:>11} 0{:>width$}\n", "", format!("{} s", seconds(end, end)), width = TEXT.0 - 1));
+    out.push_str(&format!(
+        "{:>11} 0{:>width$}\n",
+        "",
+        format!("{} s", seconds(end, end)),
+        width = TEXT.0 - 1
+    ));
     if !coloured {
         out.push_str("            share of pages dirtied by an epoch: ░ below 1 %  ▒ 10 %  ▓ 50 %  █ more\n");
     }

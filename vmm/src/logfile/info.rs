@@ -45,13 +45,8 @@ pub fn info(path: &Path, json: bool) -> Result<(), LogfileError> {
             _ => {}
         }
     }
-    let info = Info {
-        header: log.header(),
-        end,
-        seconds: last.at_ns as f64 / 1e9,
-        bytes: log.bytes_read(),
-        states,
-    };
+    let info =
+        Info { header: log.header(), end, seconds: last.at_ns as f64 / 1e9, bytes: log.bytes_read(), states };
     print(|out| {
         if json {
             serde_json::to_writer(&mut *out, &info).map_err(std::io::Error::from)?;
@@ -59,7 +54,11 @@ pub fn info(path: &Path, json: bool) -> Result<(), LogfileError> {
         }
         let Header { id, parent, slots, tracker, guarantees, contents, creator, .. } = info.header;
         let pages: u64 = slots.iter().map(|slot| slot.pages).sum();
-        writeln!(out, "  log         {id}, written by {}, whole", if creator.is_empty() { "nobody says" } else { creator })?;
+        writeln!(
+            out,
+            "  log         {id}, written by {}, whole",
+            if creator.is_empty() { "nobody says" } else { creator }
+        )?;
         if let Some(parent) = parent {
             writeln!(out, "  parent      {parent}")?;
         }
@@ -67,9 +66,19 @@ pub fn info(path: &Path, json: bool) -> Result<(), LogfileError> {
         writeln!(out, "  memory      {size} in {} memslots", slots.len())?;
         writeln!(out, "  tracker     {tracker}, pages of {}", human_size(guarantees.granularity.bytes()))?;
         let End { epochs, total, .. } = info.end;
-        writeln!(out, "  epochs      {epochs} in {:.1} s, {} dirty pages", info.seconds, grouped(total.dirty))?;
+        writeln!(
+            out,
+            "  epochs      {epochs} in {:.1} s, {} dirty pages",
+            info.seconds,
+            grouped(total.dirty)
+        )?;
         if *contents {
-            writeln!(out, "  contents    {} pages, and {} more that are all zeros", grouped(total.pages), grouped(total.zero))?;
+            writeln!(
+                out,
+                "  contents    {} pages, and {} more that are all zeros",
+                grouped(total.pages),
+                grouped(total.zero)
+            )?;
         } else {
             writeln!(out, "  contents    none: ranges only")?;
         }

@@ -85,7 +85,8 @@ fn open(path: &Path) -> Result<LogReader<Input>, LogfileError> {
     let input: Box<dyn Read> = if path == Path::new("-") {
         Box::new(io::stdin())
     } else {
-        let opened = File::open(path).map_err(|source| LogfileError::Open { path: path.to_owned(), source })?;
+        let opened =
+            File::open(path).map_err(|source| LogfileError::Open { path: path.to_owned(), source })?;
         Box::new(opened)
     };
     LogReader::new(BufReader::with_capacity(1 << 20, input)).map_err(|source| read_error(path, source))

@@ -7,7 +7,8 @@ pub(super) struct Colour(pub(super) u8, pub(super) u8, pub(super) u8);
 impl Colour {
     /// The colour `share` of the way to `other`.
     pub(super) fn towards(self, other: Colour, share: f64) -> Colour {
-        let mix = |from: u8, to: u8| (f64::from(from) + (f64::from(to) - f64::from(from)) * share).round() as u8;
+        let mix =
+            |from: u8, to: u8| (f64::from(from) + (f64::from(to) - f64::from(from)) * share).round() as u8;
         Colour(mix(self.0, other.0), mix(self.1, other.1), mix(self.2, other.2))
     }
 }
