@@ -34,7 +34,8 @@ fn assert_same(image: &File, ram: &Ram, context: &str) {
             let len = MIB.min(region.gpa + region.len - gpa) as usize;
             ram.mem().read_slice(&mut ours[..len], GuestAddress(gpa)).unwrap();
             image.read_exact_at(&mut theirs[..len], gpa).unwrap();
-            if let Some(at) = (0..len).find(|&at| ours[at] != theirs[at]) {
+            if ours[..len] != theirs[..len] {
+                let at = (0..len).find(|&at| ours[at] != theirs[at]).unwrap_or(len);
                 let page = (gpa + at as u64) / PAGE_SIZE;
                 panic!("{context}: page {page:#x} differs, at {:#x}", gpa + at as u64);
             }

@@ -28,7 +28,7 @@ struct Dirty {
 }
 
 /// How often the progress of a dump is looked at.
-const PROGRESS: Duration = Duration::from_millis(200);
+const PROGRESS: Duration = Duration::from_millis(20);
 
 /// `vmm dirty dump`: asks for a dump, waits for its end and says how much it was. Ctrl-C ends it as it should be.
 ///
