@@ -389,7 +389,7 @@ mod tests {
         heat.begin(1.0, 2.0);
         heat.add(0x10_0000, 2);
         assert_eq!(heat.share(0.0, 1.0, 0..1), 1.0);
-        assert_eq!(heat.share(0.0, 1.0, 0..2), 1.0);
+        assert_eq!(heat.share(0.0, 1.0, 0..2), 0.5);
         assert_eq!(heat.share(0.0, 1.0, 2..ROWS), 0.0);
         assert_eq!(heat.share(0.0, 2.0, 0..1), 0.5);
         assert_eq!(heat.share(1.0, 2.0, 128..129), 0.5);
