@@ -34,6 +34,7 @@ pub fn config(cmdline: &str, cpus: u8, memory: MemoryConfig) -> MachineConfig {
         timing: Timing::start(),
         doorman: None,
         fault: FaultConfig::default(),
+        from: None,
         dirty_ring: None,
     }
 }

@@ -95,6 +95,7 @@ pub fn measure(kind: Kind, config: &TrackConfig) -> Result<Option<FaultCost>, Ma
         timing: Timing::start(),
         doorman: Some(Arc::new(doorman)),
         fault: FaultConfig::default(),
+        from: None,
         dirty_ring: (kind == Kind::KvmRing).then_some(config.ring_entries),
     })?;
     let Ok(mechanism) = machine.tracker(kind, &unskipped) else { return Ok(None) };

@@ -12,6 +12,7 @@ use crate::api::client::{Client, ClientError, block_on};
 use crate::board::DumpStatus;
 use crate::dump::DumpConfig;
 use crate::live::{Epoch, Totals};
+use crate::observe::SnapshotReport;
 use crate::options::human_size;
 use crate::panel::{self, Subject, grouped};
 use crate::sampled::{Look, Looks};
@@ -114,6 +115,29 @@ fn describe(status: &DumpStatus) -> String {
 /// The monitor may have another working directory.
 fn absolute(path: &Path) -> Result<PathBuf, ClientError> {
     std::path::absolute(path).map_err(ClientError::Write)
+}
+
+/// `vmm snapshot`: asks for a snapshot, and says how it went.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn snapshot(socket: &Path, output: &Path, json: bool) -> Result<(), ClientError> {
+    let client = Client::new(socket);
+    let request = json!({ "path": absolute(output)? });
+    let report: SnapshotReport = block_on(client.call(Method::PUT, "/vm/snapshot", Some(&request)))?;
+    if json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        eprintln!(
+            "{}: {} in {:.2} s, the guest stood still for {:.2} ms ({} pages, and its state)",
+            output.display(),
+            human_size(report.bytes),
+            report.seconds,
+            report.still_us / 1000.0,
+            grouped(report.last_pages)
+        );
+    }
+    Ok(())
 }
 
 /// `vmm dirty watch`: a line for each epoch, until Ctrl-C or the machine's end.

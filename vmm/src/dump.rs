@@ -106,6 +106,11 @@ impl<W: Write> Dump<W> {
         self.config
     }
 
+    /// The log itself, between two epochs or after the last.
+    pub fn log(&mut self) -> &mut LogWriter<W> {
+        &mut self.log
+    }
+
     /// Where it goes.
     pub fn out(&self) -> &W {
         self.log.out()

@@ -135,6 +135,14 @@ impl Ledger {
         Ok(ledger)
     }
 
+    /// The epoch that the guest was told last; 0 if none.
+    ///
+    /// # Errors
+    /// When the control block is not to be read.
+    pub fn epoch(&self) -> Result<u32, LedgerError> {
+        Ok(self.ram.mem().read_obj(control_field!(self.control, epoch))?)
+    }
+
     /// Pages of the workload region.
     pub fn pages(&self) -> u64 {
         (self.region.end - self.region.start) / PAGE_SIZE

@@ -296,6 +296,8 @@ impl Observer {
         if self.attach_ledger()?
             && let Some(ledger) = &mut self.ledger
         {
+            // A guest that was restored knows epochs of its former life.
+            self.epoch = self.epoch.max(ledger.epoch()?.saturating_add(1));
             ledger.begin(self.epoch)?;
         }
         self.armed = Instant::now();
@@ -332,8 +334,8 @@ impl Observer {
         look: impl FnOnce(&Harvest<'_>, f64),
     ) -> Result<Epoch, LiveError> {
         let machine = Arc::clone(&self.machine);
-        let held = still.then(|| machine.pause());
         let boundary = Instant::now();
+        let held = still.then(|| machine.pause());
         let stops = self.wants_ledger || self.owners.is_some();
         let still: Option<Paused<'_>> = stops.then(|| machine.pause());
         // The guest has entered the writes of this epoch only if it knew of it from its beginning.
@@ -375,6 +377,7 @@ impl Observer {
         let map = picture(&harvest);
         remember(&self.ever, &harvest);
         look(&harvest, seconds);
+        let stall = if held.is_some() { boundary.elapsed() } else { stall };
         drop(held);
         harvest.commit();
 

@@ -35,12 +35,13 @@ use crate::devices::virtio::blk::Blk;
 use crate::devices::virtio::disk::{Disk, DiskConfig, DiskError};
 use crate::devices::virtio::mmio::{NOTIFY_OFFSET, TransportError};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::{MmioTransport, QueueWorker, VirtioDevice};
+use crate::devices::virtio::{self, MmioTransport, QueueWorker, VirtioDevice};
 use crate::devices::{GuestChannel, Platform};
 use crate::fault::{self, FaultConfig};
 use crate::gate::Gate;
 use crate::host::{self, KvmModule};
 use crate::memory::{Faults, MemoryConfig, MemoryError, Ram};
+use crate::state::{MachineState, MsrNumbers, StateError, VcpuState, VmState};
 use crate::sys::kick;
 use crate::timing::{Phase, Timing};
 use crate::track::TrackConfig;
@@ -78,9 +79,20 @@ pub struct MachineConfig {
     pub doorman: Option<Arc<Doorman>>,
     /// How faults are served, where RAM is such that they are.
     pub fault: FaultConfig,
+    /// What the machine goes on from, instead of booting the kernel.
+    pub from: Option<Box<From>>,
     /// Entries of each vCPU's dirty ring, a power of two. Such a machine can have the tracker `kvm-ring` and none on
     /// KVM's bitmap. Not for a guest that writes at CPL0 under kvm_pvm.
     pub dirty_ring: Option<u32>,
+}
+
+/// What a machine goes on from.
+#[derive(Debug)]
+pub struct From {
+    /// Its memory, as [`MachineConfig::memory`] says.
+    pub ram: Ram,
+    /// Everything else.
+    pub state: MachineState,
 }
 
 /// Why there is no machine.
@@ -148,6 +160,9 @@ pub enum MachineError {
         /// The most there can be.
         max: usize,
     },
+    /// The state that it is to go on from.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// A system resource.
     #[error("cannot {what}: {source}")]
     System {
@@ -232,7 +247,7 @@ impl Machine {
     ///
     /// # Errors
     /// See [`MachineError`]. Nothing is left behind.
-    pub fn new(config: MachineConfig) -> Result<Machine, MachineError> {
+    pub fn new(mut config: MachineConfig) -> Result<Machine, MachineError> {
         let timing = config.timing.clone();
         let kvm = open_kvm()?;
         let module = host::kvm_module();
@@ -241,7 +256,11 @@ impl Machine {
             return Err(MachineError::Cpus { asked: config.cpus, max });
         }
 
-        let ram = Arc::new(Ram::new(config.memory)?);
+        let (ram, state) = match config.from.take() {
+            Some(from) => (from.ram, Some(from.state)),
+            None => (Ram::new(config.memory)?, None),
+        };
+        let ram = Arc::new(ram);
         let fault = match config.memory.fault {
             Faults::Kernel => None,
             Faults::Uffd => Some(Arc::new(fault::start(
@@ -256,7 +275,8 @@ impl Machine {
         let vm = Arc::new(kvm.create_vm().map_err(kvm_error("create a virtual machine"))?);
         let dirty_rings =
             config.dirty_ring.map(|entries| DirtyRings::enable(Arc::clone(&vm), entries)).transpose()?;
-        let at_once = if module == KvmModule::Pvm && starts_low(&config) { 1 } else { ram.regions().len() };
+        let low = module == KvmModule::Pvm && state.is_none() && starts_low(&config);
+        let at_once = if low { 1 } else { ram.regions().len() };
         let late_ram = Arc::new(LateRam::new(at_once));
         add_memslots(&vm, &ram, 0..late_ram.first).map_err(kvm_error("give RAM to the virtual machine"))?;
         // Only Intel hosts need these; elsewhere they are accepted and ignored, or absent.
@@ -269,7 +289,8 @@ impl Machine {
         }
         vm.create_irq_chip().map_err(kvm_error("create the interrupt controllers"))?;
         let (transports, workers, slots) = virtio_devices(&vm, &ram, &config.disks, config.rng)?;
-        let platform = Platform::new(config.console, transports, timing.clone());
+        let console = std::mem::replace(&mut config.console, Box::new(io::sink()));
+        let platform = Platform::new(console, transports, timing.clone());
         let platform = Arc::new(platform.map_err(system_error("create the devices"))?);
         vm.register_irqfd(platform.serial().interrupt(), layout::COM1_GSI)
             .map_err(kvm_error("connect the serial port's interrupt"))?;
@@ -301,23 +322,10 @@ impl Machine {
         }
         timing.mark(Phase::Vcpus);
 
-        let boot_cpu = &waiting[0].fd;
-        let mut cmdline = config.cmdline;
-        if config.kernel == Kernel::BuiltIn {
-            // In front, because of a key given twice the guest takes the last one: the user's.
-            cmdline = format!("cpus={} {cmdline}", config.cpus);
-            // A host that does not know its own frequency leaves the guest to measure it.
-            if let Ok(khz) = boot_cpu.get_tsc_khz() {
-                cmdline = format!("tsc_khz={khz} {cmdline}");
-            }
+        match &state {
+            Some(state) => restore(state, &vm, &waiting, &platform)?,
+            None => load(&config, &ram, &waiting[0].fd, &slots)?,
         }
-        let rsdp = acpi::write(ram.mem(), config.cpus, &slots)?;
-        boot::write_gdt(ram.mem())?;
-        let entry = boot::load(ram.mem(), &config.kernel, cmdline.trim(), config.initrd.as_deref(), rsdp)?;
-        let mut sregs = boot_cpu.get_sregs().map_err(kvm_error("read a vCPU's registers"))?;
-        let regs = boot::set_entry(entry, &mut sregs);
-        boot_cpu.set_sregs(&sregs).map_err(kvm_error("set a vCPU's segment registers"))?;
-        boot_cpu.set_regs(&regs).map_err(kvm_error("set a vCPU's registers"))?;
         timing.mark(Phase::Loaded);
 
         let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
@@ -539,6 +547,45 @@ impl Machine {
     }
 }
 
+/// Puts what the machine boots from into its memory, and its first vCPU at its entry.
+fn load(
+    config: &MachineConfig,
+    ram: &Ram,
+    boot_cpu: &VcpuFd,
+    slots: &[VirtioSlot],
+) -> Result<(), MachineError> {
+    let mut cmdline = config.cmdline.clone();
+    if config.kernel == Kernel::BuiltIn {
+        // In front, because of a key given twice the guest takes the last one: the user's.
+        cmdline = format!("cpus={} {cmdline}", config.cpus);
+        // A host that does not know its own frequency leaves the guest to measure it.
+        if let Ok(khz) = boot_cpu.get_tsc_khz() {
+            cmdline = format!("tsc_khz={khz} {cmdline}");
+        }
+    }
+    let rsdp = acpi::write(ram.mem(), config.cpus, slots)?;
+    boot::write_gdt(ram.mem())?;
+    let entry = boot::load(ram.mem(), &config.kernel, cmdline.trim(), config.initrd.as_deref(), rsdp)?;
+    let mut sregs = boot_cpu.get_sregs().map_err(kvm_error("read a vCPU's registers"))?;
+    let regs = boot::set_entry(entry, &mut sregs);
+    boot_cpu.set_sregs(&sregs).map_err(kvm_error("set a vCPU's segment registers"))?;
+    boot_cpu.set_regs(&regs).map_err(kvm_error("set a vCPU's registers"))
+}
+
+/// Gives the machine the state that it goes on from.
+fn restore(state: &MachineState, vm: &VmFd, vcpus: &[Vcpu], platform: &Platform) -> Result<(), MachineError> {
+    let ids = state.vcpus.iter().map(|vcpu| vcpu.id);
+    if !ids.eq(vcpus.iter().map(|vcpu| vcpu.id)) {
+        let why = "it has another number of vCPUs";
+        return Err(StateError::Device { device: "the machine".into(), why }.into());
+    }
+    for (vcpu, state) in vcpus.iter().zip(&state.vcpus) {
+        state.give(&vcpu.fd)?;
+    }
+    state.vm.give(vm)?;
+    Ok(platform.restore(&state.devices)?)
+}
+
 /// RAM that gets its memslots after the vCPUs have started.
 #[derive(Debug)]
 pub struct LateRam {
@@ -654,6 +701,39 @@ impl Paused<'_> {
         let mut found = std::mem::take(&mut *found.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         found.sort_unstable_by_key(|(id, _)| *id);
         found
+    }
+}
+
+impl Paused<'_> {
+    /// The state of the machine besides its memory. Its devices take no request meanwhile; what of memory they wrote
+    /// before is there, and nothing more is written as long as the returned guards live.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn state(&self) -> Result<(MachineState, Vec<virtio::Paused>), StateError> {
+        let machine = self.machine;
+        let devices = machine.platform.pause();
+        let kvm = Kvm::new().map_err(StateError::kvm("open /dev/kvm"))?;
+        let numbers = MsrNumbers::of(&kvm)?;
+        let taken = Arc::new(Mutex::new(Vec::new()));
+        let errand = {
+            let taken = Arc::clone(&taken);
+            Arc::new(move |id: u8, fd: &VcpuFd| {
+                let state = VcpuState::take(id, fd, &numbers);
+                taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(state);
+            })
+        };
+        machine.gate.send(errand);
+        let taken = std::mem::take(&mut *taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        let mut vcpus = taken.into_iter().collect::<Result<Vec<_>, _>>()?;
+        vcpus.sort_unstable_by_key(|vcpu| vcpu.id);
+        if let Some(ended) =
+            (0..machine.cpus as u8).find(|&id| vcpus.get(usize::from(id)).is_none_or(|vcpu| vcpu.id != id))
+        {
+            return Err(StateError::Ended(ended));
+        }
+        let vm = VmState::take(&machine.vm)?;
+        Ok((MachineState { vm, vcpus, devices: machine.platform.state() }, devices))
     }
 }
 

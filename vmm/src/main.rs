@@ -13,7 +13,7 @@ use vmm::boot::Kernel;
 use vmm::devices::virtio::disk::DiskConfig;
 use vmm::dirty;
 use vmm::dump::DumpConfig;
-use vmm::fault::{FaultConfig, PrefaultChoice};
+use vmm::fault::{FaultConfig, PrefaultChoice, WorkingSetError};
 use vmm::forecast::Link;
 use vmm::logfile::{self, Export, LogfileError};
 use vmm::memory::{Faults, MemoryConfig};
@@ -35,6 +35,10 @@ struct Cli {
 enum Verb {
     /// Run a guest and show its dirty memory live. Without arguments: the built-in guest for 30 s
     Run(Box<RunArgs>),
+    /// Write a snapshot of the machine of a running monitor, which goes on
+    Snapshot(SnapshotArgs),
+    /// Go on from a snapshot
+    Restore(Box<RestoreArgs>),
     /// Ask a running monitor about dirty memory
     Dirty(DirtyArgs),
     /// Read, apply and draw dirty logs
@@ -46,6 +50,19 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Args)]
+struct SnapshotArgs {
+    /// Control socket of the monitor: what `vmm run --api-socket` was given
+    #[arg(long, value_name = "PATH")]
+    api_socket: std::path::PathBuf,
+    /// JSON on standard output
+    #[arg(long)]
+    json: bool,
+    /// The snapshot: a file, which is there when it is whole
+    #[arg(value_name = "FILE")]
+    output: std::path::PathBuf,
 }
 
 #[derive(Args)]
@@ -181,6 +198,19 @@ struct RunArgs {
     /// monitor itself brings every page that the guest touches first
     #[arg(long, value_name = "SPEC", default_value = "size=1G")]
     memory: MemoryConfig,
+    /// A disk: path=FILE,readonly=on|off. May be given many times
+    #[arg(long, value_name = "SPEC")]
+    disk: Vec<DiskConfig>,
+    /// An entropy device (virtio-rng) [default: on with --kernel, else off]
+    #[arg(long, value_name = "SWITCH", value_enum)]
+    rng: Option<OnOff>,
+    #[command(flatten)]
+    watch: WatchArgs,
+}
+
+/// How a machine runs and is observed, whatever it is made of.
+#[derive(Args)]
+struct WatchArgs {
     /// With fault=uffd, what comes along with a page that is missing: none, around=64K, block, or recorded=FILE, the
     /// pages that a run with --record-working-set touched [default: around=64K]
     #[arg(long, value_name = "POLICY")]
@@ -196,12 +226,6 @@ struct RunArgs {
     /// With fault=uffd, write the pages that the guest touched to this file at the end
     #[arg(long, value_name = "FILE")]
     record_working_set: Option<std::path::PathBuf>,
-    /// A disk: path=FILE,readonly=on|off. May be given many times
-    #[arg(long, value_name = "SPEC")]
-    disk: Vec<DiskConfig>,
-    /// An entropy device (virtio-rng) [default: on with --kernel, else off]
-    #[arg(long, value_name = "SWITCH", value_enum)]
-    rng: Option<OnOff>,
     /// How to know which pages the guest writes: auto, none, kvm-bitmap, kvm-manual, kvm-ring[,entries=4096],
     /// uffd-sync[,unit=4k|2m], uffd-async, exact; with fault=uffd just none, KVM's own, and uffd-serve, which exact
     /// means there. `vmm doctor` tells what each is good for. Or sampled[,per-gib=512]: just the rate, from a sample of
@@ -251,6 +275,27 @@ struct RunArgs {
     api_socket: Option<std::path::PathBuf>,
 }
 
+#[derive(Args)]
+struct RestoreArgs {
+    /// The snapshot
+    #[arg(value_name = "FILE")]
+    snapshot: std::path::PathBuf,
+    /// What the memory is made of, whose size is the snapshot's: huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,
+    /// fault=kernel|uffd
+    #[arg(long, value_name = "SPEC", default_value = "huge=thp", value_parser = without_size)]
+    memory: MemoryConfig,
+    #[command(flatten)]
+    watch: WatchArgs,
+}
+
+/// A snapshot says how much memory there is.
+fn without_size(text: &str) -> Result<MemoryConfig, String> {
+    if !text.contains('=') || text.split(',').any(|part| part.starts_with("size=")) {
+        return Err("the snapshot says how much memory there is".into());
+    }
+    text.parse().map_err(|error: options::OptionError| error.to_string())
+}
+
 fn bandwidth(text: &str) -> Result<u64, String> {
     match options::size(text) {
         Ok(0) => Err("nothing can be sent over that".into()),
@@ -273,7 +318,7 @@ fn default_cmdline(builtin: bool, ram: u64) -> &'static str {
 }
 
 /// Options that need, or exclude, that the monitor serves the guest's faults.
-fn fault_options(args: &RunArgs) -> Result<(), String> {
+fn fault_options(args: &WatchArgs, memory: &MemoryConfig) -> Result<(), String> {
     let given = [
         ("--prefault", args.prefault.is_some()),
         ("--prefault-age", args.prefault_age.is_some()),
@@ -281,27 +326,28 @@ fn fault_options(args: &RunArgs) -> Result<(), String> {
         ("--record-working-set", args.record_working_set.is_some()),
     ];
     match given.iter().find(|(_, given)| *given) {
-        Some((option, _)) if args.memory.fault == Faults::Kernel => {
+        Some((option, _)) if memory.fault == Faults::Kernel => {
             Err(format!("{option} is for memory whose faults are served here: use --memory fault=uffd"))
         }
-        _ => args.track.refused(args.memory.fault).map_or(Ok(()), |why| Err(why.into())),
+        _ => args.track.refused(memory.fault).map_or(Ok(()), |why| Err(why.into())),
     }
 }
 
 /// Options that are about epochs, or about the memory that they need.
-fn epoch_options(args: &RunArgs) -> Result<(), &'static str> {
+fn epoch_options(args: &WatchArgs, memory: &MemoryConfig) -> Result<(), String> {
     let tracks = args.track.sampled.is_none() && args.track.kind != Some(Kind::None);
     match (args.owners, args.working_set) {
         (OnOff::On, _) | (_, Some(_)) if !tracks => {
-            Err("--owners and --working-set are told with each epoch: they need a tracker")
+            Err("--owners and --working-set are told with each epoch: they need a tracker".into())
         }
-        (_, Some(_)) if args.memory.fault == Faults::Uffd => Err(
+        (_, Some(_)) if memory.fault == Faults::Uffd => Err(
             "--working-set is for --memory fault=kernel; with fault=uffd the end of the run tells what was touched, \
-             and --record-working-set writes it to a file",
+             and --record-working-set writes it to a file"
+                .into(),
         ),
-        (_, Some(_)) if !args.memory.shared => {
-            Err("--working-set unmaps guest memory to see what comes back: that needs --memory shared=on")
-        }
+        (_, Some(_)) if !memory.shared => Err(
+            "--working-set unmaps guest memory to see what comes back: that needs --memory shared=on".into(),
+        ),
         _ => Ok(()),
     }
 }
@@ -342,66 +388,103 @@ fn said(outcome: Result<(), impl std::fmt::Display>) -> ExitCode {
     }
 }
 
+/// What can keep a run from being asked for.
+enum Refused {
+    /// The command line.
+    Usage(String),
+    /// A file that it names.
+    File(WorkingSetError),
+}
+
+/// What `args` say of a run; the rest is that of the built-in guest.
+fn watched(args: WatchArgs, memory: MemoryConfig) -> Result<RunConfig, Refused> {
+    let track = TrackConfig { rearm: args.rearm, ..args.track };
+    track.check_rearm().map_err(Refused::Usage)?;
+    fault_options(&args, &memory).map_err(Refused::Usage)?;
+    epoch_options(&args, &memory).map_err(Refused::Usage)?;
+    let fault = FaultConfig::new(args.prefault, args.prefault_age, args.split).map_err(Refused::File)?;
+    Ok(RunConfig {
+        kernel: Kernel::BuiltIn,
+        initrd: None,
+        cmdline: String::new(),
+        cpus: 1,
+        memory,
+        fault,
+        record_working_set: args.record_working_set,
+        disks: Vec::new(),
+        rng: false,
+        track,
+        link: Link { bytes_per_s: args.bandwidth, downtime_s: args.downtime.as_secs_f64() },
+        epoch: args.epoch,
+        duration: args.duration.unwrap_or(DEFAULT_DURATION),
+        owners: args.owners == OnOff::On,
+        working_set: args.working_set,
+        ledger: args.ledger == OnOff::On,
+        json: args.json,
+        quiet: args.quiet,
+        timing: args.timing,
+        api_socket: args.api_socket,
+        restore: None,
+    })
+}
+
+fn run_config(args: RunArgs) -> Result<RunConfig, Refused> {
+    let builtin = args.kernel.is_none();
+    let endless = args.watch.duration.is_none() && !builtin;
+    let config = watched(args.watch, args.memory)?;
+    Ok(RunConfig {
+        kernel: args.kernel.map_or(Kernel::BuiltIn, Kernel::File),
+        initrd: args.initrd,
+        cmdline: args.cmdline.unwrap_or_else(|| default_cmdline(builtin, args.memory.size).to_owned()),
+        cpus: args.cpus,
+        disks: args.disk,
+        rng: args.rng.map_or(!builtin, |rng| rng == OnOff::On),
+        duration: if endless { Duration::ZERO } else { config.duration },
+        ..config
+    })
+}
+
+fn restore_config(args: RestoreArgs) -> Result<RunConfig, Refused> {
+    let duration = args.watch.duration.unwrap_or(Duration::ZERO);
+    let config = watched(args.watch, args.memory)?;
+    Ok(RunConfig { restore: Some(args.snapshot), duration, ..config })
+}
+
+fn run_verb(config: Result<RunConfig, Refused>, timing: &Timing) -> ExitCode {
+    let config = match config {
+        Ok(config) => config,
+        Err(Refused::Usage(why)) => {
+            eprintln!("vmm: {why}");
+            return ExitCode::from(2);
+        }
+        Err(Refused::File(error)) => {
+            eprintln!("vmm: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(config, timing) {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Crashed) => ExitCode::from(3),
+        Ok(Outcome::CheckFailed) => ExitCode::from(4),
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let timing = Timing::start();
     match Cli::parse().verb {
         Verb::Run(args) => {
             timing.mark(Phase::Parsed);
-            let builtin = args.kernel.is_none();
-            let track = TrackConfig { rearm: args.rearm, ..args.track };
-            if let Err(why) = track.check_rearm() {
-                eprintln!("vmm: {why}");
-                return ExitCode::from(2);
-            }
-            if let Err(why) = fault_options(&args) {
-                eprintln!("vmm: {why}");
-                return ExitCode::from(2);
-            }
-            if let Err(why) = epoch_options(&args) {
-                eprintln!("vmm: {why}");
-                return ExitCode::from(2);
-            }
-            let fault = match FaultConfig::new(args.prefault, args.prefault_age, args.split) {
-                Ok(fault) => fault,
-                Err(error) => {
-                    eprintln!("vmm: {error}");
-                    return ExitCode::FAILURE;
-                }
-            };
-            let config = RunConfig {
-                fault,
-                record_working_set: args.record_working_set,
-                kernel: args.kernel.map_or(Kernel::BuiltIn, Kernel::File),
-                initrd: args.initrd,
-                cmdline: args
-                    .cmdline
-                    .unwrap_or_else(|| default_cmdline(builtin, args.memory.size).to_owned()),
-                cpus: args.cpus,
-                memory: args.memory,
-                disks: args.disk,
-                rng: args.rng.map_or(!builtin, |rng| rng == OnOff::On),
-                track,
-                link: Link { bytes_per_s: args.bandwidth, downtime_s: args.downtime.as_secs_f64() },
-                epoch: args.epoch,
-                duration: args.duration.unwrap_or(if builtin { DEFAULT_DURATION } else { Duration::ZERO }),
-                owners: args.owners == OnOff::On,
-                working_set: args.working_set,
-                ledger: args.ledger == OnOff::On,
-                json: args.json,
-                quiet: args.quiet,
-                timing: args.timing,
-                api_socket: args.api_socket,
-            };
-            match run(config, &timing) {
-                Ok(Outcome::Done) => ExitCode::SUCCESS,
-                Ok(Outcome::Crashed) => ExitCode::from(3),
-                Ok(Outcome::CheckFailed) => ExitCode::from(4),
-                Err(error) => {
-                    eprintln!("vmm: {error}");
-                    ExitCode::FAILURE
-                }
-            }
+            run_verb(run_config(*args), &timing)
         }
+        Verb::Restore(args) => {
+            timing.mark(Phase::Parsed);
+            run_verb(restore_config(*args), &timing)
+        }
+        Verb::Snapshot(args) => said(dirty::snapshot(&args.api_socket, &args.output, args.json)),
         Verb::Dirty(args) => said(dirty_verb(args)),
         Verb::Log(verb) => said(log_verb(verb)),
         Verb::Doctor { json } => vmm::doctor::run(json),

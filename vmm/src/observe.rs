@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use dirty_track::log::End;
 use dirty_track::tracker::{Kind, TrackerError};
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -21,6 +22,7 @@ use crate::machine::Machine;
 use crate::memory::Faults;
 use crate::sampled::{Looker, Looks};
 use crate::show::Show;
+use crate::snapshot::{self, Shape, SnapshotError};
 use crate::track::{SAMPLED, TrackConfig};
 use crate::working_set::WorkingSetConfig;
 
@@ -33,6 +35,8 @@ pub(crate) struct Observers {
     pub(crate) ledger: bool,
     pub(crate) owners: bool,
     pub(crate) working_set: Option<WorkingSetConfig>,
+    /// What goes into a snapshot.
+    pub(crate) shape: Shape,
 }
 
 /// By what is observed.
@@ -103,6 +107,8 @@ pub(crate) enum Command {
     Dump(Box<dyn Sink>, DumpConfig, Reply<()>),
     /// To end it with an epoch that is cut short.
     EndDump(Reply<DumpStatus>),
+    /// To write a snapshot.
+    Snapshot(Box<dyn Sink>, Reply<SnapshotReport>),
     /// To close the last epoch, and end.
     End,
 }
@@ -129,7 +135,34 @@ pub(crate) enum Refusal {
     Dump(#[from] DumpError),
     #[error("the log cannot be completed: {0}")]
     Complete(#[source] io::Error),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
 }
+
+/// How a snapshot was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Seconds from the beginning until the file was there.
+    pub seconds: f64,
+    /// Microseconds for which the guest stood still.
+    pub still_us: f64,
+    /// Pages whose contents were written, some of them more than once.
+    pub pages: u64,
+    /// Pages that were all zeros.
+    pub zero: u64,
+    /// Pages that were copied while the guest stood still.
+    pub last_pages: u64,
+    /// Epochs, all of memory included.
+    pub epochs: u64,
+    /// Bytes of the file.
+    pub bytes: u64,
+}
+
+/// So many pages are copied while the guest stands still.
+const FEW: u64 = 256;
+
+/// After so many epochs the guest stands still for as many as there are.
+const SNAPSHOT_EPOCHS: u32 = 8;
 
 /// What was observed.
 pub(crate) struct Observed {
@@ -386,6 +419,10 @@ impl Watch {
                 self.close(true)?;
                 let _ = reply.send(Ok(self.board.posted().dump.clone().unwrap_or_default()));
             }
+            Command::Snapshot(sink, reply) => {
+                let outcome = self.snapshot(sink);
+                let _ = reply.send(outcome);
+            }
             Command::End => {}
         }
         Ok(())
@@ -427,6 +464,63 @@ impl Watch {
         Ok(())
     }
 
+    /// Writes all of memory while the guest runs, then what it wrote meanwhile, until that is little; then the guest stands
+    /// still for the rest, and for the machine's state.
+    fn snapshot(&mut self, sink: Box<dyn Sink>) -> Result<SnapshotReport, Refusal> {
+        if self.dump.is_some() {
+            return Err(Refusal::Dumping);
+        }
+        if !matches!(self.eye.by, By::Tracker(_)) {
+            return Err(Refusal::NotTracking);
+        }
+        let begin = Instant::now();
+        self.close(false)?;
+        let By::Tracker(observer) = &mut self.eye.by else { return Err(Refusal::NotTracking) };
+        let machine = Arc::clone(&self.observers.machine);
+        let ram = machine.ram();
+        let config = DumpConfig { pages: true, full: true, ..DumpConfig::default() };
+        let out = Counted { sink, bytes: 0 };
+        let mut dump = Dump::begin(out, ram, self.eye.name, observer.guarantees(), config)?;
+        dump.all(ram)?;
+        let mut before = u64::MAX;
+        for _ in 0..SNAPSHOT_EPOCHS {
+            let mut written = Ok(());
+            let epoch = observer.close_epoch_with(false, |harvest, seconds| {
+                written = dump.epoch(harvest, ram, seconds);
+            })?;
+            written?;
+            self.show.epoch(&epoch);
+            // It does not become less from one epoch to the next.
+            if epoch.dirty_pages <= FEW || epoch.dirty_pages > before / 4 * 3 {
+                break;
+            }
+            before = epoch.dirty_pages;
+        }
+        // What devices wrote is in the last epoch, and they write nothing after it.
+        let devices = machine.platform().pause();
+        let shape = &self.observers.shape;
+        let mut written: Result<(), Refusal> = Ok(());
+        let epoch = observer.close_epoch_with(true, |harvest, seconds| {
+            written = dump
+                .epoch(harvest, ram, seconds)
+                .map_err(Refusal::from)
+                .and_then(|()| Ok(snapshot::write_state(dump.log(), &machine, shape)?));
+        })?;
+        drop(devices);
+        written?;
+        self.show.epoch(&epoch);
+        let (end, bytes) = complete(dump)?;
+        Ok(SnapshotReport {
+            seconds: begin.elapsed().as_secs_f64(),
+            still_us: epoch.stall_us,
+            pages: end.total.pages,
+            zero: end.total.zero,
+            last_pages: epoch.dirty_pages,
+            epochs: end.epochs,
+            bytes,
+        })
+    }
+
     /// Waits until the built-in guest's workload begins, so that the first epoch begins with it. A guest that does
     /// not get there is observed anyway after a while, to be seen as well. False: the run is over.
     fn wait_for_workload(&mut self) -> bool {
@@ -456,6 +550,7 @@ fn refuse(command: Command) {
     match command {
         Command::Track(_, _, reply) | Command::Dump(_, _, reply) => drop(reply.send(Err(Refusal::NotBegun))),
         Command::EndDump(reply) => drop(reply.send(Err(Refusal::NotDumping))),
+        Command::Snapshot(_, reply) => drop(reply.send(Err(Refusal::NotBegun))),
         Command::End => {}
     }
 }

@@ -25,11 +25,12 @@ use crate::fault::{self, FaultConfig, WorkingSetError};
 use crate::forecast::Link;
 use crate::host::KvmModule;
 use crate::live::{LiveError, Totals};
-use crate::machine::{Machine, MachineConfig, MachineError};
+use crate::machine::{From, Machine, MachineConfig, MachineError};
 use crate::memory::MemoryConfig;
 use crate::observe::{Observers, Observing, Plan};
 use crate::panel::{self, Subject};
 use crate::show::{Show, Start, Summary, To};
+use crate::snapshot::{self, Shape, SnapshotError};
 use crate::sys::signals::Signals;
 use crate::sys::tty::RawMode;
 use crate::terminal::{Terminal, restore_on_panic};
@@ -81,6 +82,8 @@ pub struct RunConfig {
     pub timing: bool,
     /// Where to serve the control socket.
     pub api_socket: Option<PathBuf>,
+    /// Go on from this snapshot, which says what the machine is made of.
+    pub restore: Option<PathBuf>,
 }
 
 /// Why a run failed.
@@ -115,6 +118,9 @@ pub enum RunError {
     /// The control socket.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The event loop.
     #[error("the event loop failed: {0}")]
     Loop(#[from] event_manager::Error),
@@ -140,11 +146,14 @@ pub enum Outcome {
 ///
 /// # Errors
 /// See [`RunError`]. Whatever happens, the terminal is as it was.
-pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
-    let builtin = config.kernel == Kernel::BuiltIn;
+pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
+    let from = config.restore.as_deref().map(|path| snapshot::read(path, config.memory)).transpose()?;
+    let shape = from.as_ref().map_or_else(|| config.shape(), |snapshot| snapshot.shape.clone());
+    config.memory.size = shape.memory;
+    let builtin = shape.builtin;
     restore_on_panic();
     // A guest that does not listen to its console leaves Ctrl-C to the user.
     let stdin = io::stdin();
@@ -154,16 +163,17 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
 
     let machine = Arc::new(Machine::new(MachineConfig {
         memory: config.memory,
-        cpus: config.cpus,
+        cpus: shape.cpus,
         kernel: config.kernel.clone(),
         initrd: config.initrd.clone(),
         cmdline: config.cmdline.clone(),
-        disks: config.disks.clone(),
-        rng: config.rng,
+        disks: shape.disks.clone(),
+        rng: shape.rng,
         console: to.console(),
         timing: timing.clone(),
         doorman: None,
         fault: config.fault.clone(),
+        from: from.map(|snapshot| Box::new(From { ram: snapshot.ram, state: snapshot.state })),
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
     let observers = Observers {
@@ -173,6 +183,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         ledger: builtin && config.ledger,
         owners: config.owners,
         working_set: config.working_set,
+        shape,
     };
     let eye = observers.eye(config.track)?;
     let chosen_because = eye.chosen_because;
@@ -231,7 +242,7 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
     machine.start()?;
     show.start(&Start {
         memory: config.memory,
-        cpus: config.cpus,
+        cpus: machine.cpus() as u8,
         track: show.tracker(),
         track_chosen_because: chosen_because,
         epoch_s: config.epoch.as_secs_f64(),
@@ -298,6 +309,19 @@ pub fn run(config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> {
         _ if contradicted || guest_status.is_some_and(|status| status != 0) => Outcome::CheckFailed,
         _ => Outcome::Done,
     })
+}
+
+impl RunConfig {
+    /// What the machine is made of, unless a snapshot says so.
+    fn shape(&self) -> Shape {
+        Shape {
+            memory: self.memory.size,
+            cpus: self.cpus,
+            disks: self.disks.clone(),
+            rng: self.rng,
+            builtin: self.kernel == Kernel::BuiltIn,
+        }
+    }
 }
 
 /// Who reads what is said.

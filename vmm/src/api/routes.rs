@@ -24,7 +24,7 @@ use super::{Cut, OPENAPI, Subject, metrics};
 use crate::board::DumpStatus;
 use crate::dump::DumpConfig;
 use crate::live::{Epoch, Totals};
-use crate::observe::{Command, Refusal, Reply, Sink};
+use crate::observe::{Command, Refusal, Reply, Sink, SnapshotReport};
 use crate::options;
 use crate::sampled::{Look, Looks};
 use crate::track::TrackConfig;
@@ -48,6 +48,7 @@ pub(super) fn routes(subject: Arc<Subject>) -> Router {
         .route("/vm/resume", put(resume))
         .route("/vm/shutdown", put(shutdown))
         .route("/vm/console", put(console))
+        .route("/vm/snapshot", put(snapshot))
         .route("/dirty", get(dirty))
         .route("/dirty/ranges", get(ranges))
         .route("/dirty/tracker", put(track).delete(untrack))
@@ -174,6 +175,23 @@ fn key(name: &str) -> Option<Vec<u8>> {
         },
     };
     Some(vec![byte])
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SnapshotRequest {
+    path: PathBuf,
+}
+
+async fn snapshot(
+    State(subject): State<Arc<Subject>>,
+    Body(SnapshotRequest { path }): Body<SnapshotRequest>,
+) -> Answer<Json<SnapshotReport>> {
+    not_while_dumping(&subject)?;
+    let sink = FileSink::create(&path)
+        .map_err(|error| Failure::bad(format!("cannot write to {}: {error}", path.display())))?;
+    let sink: Box<dyn Sink> = Box::new(sink);
+    command(&subject, |reply| Command::Snapshot(sink, reply)).await.map(Json)
 }
 
 /// Dirty memory now.

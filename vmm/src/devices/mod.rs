@@ -16,6 +16,8 @@ use guest::abi::{DOORBELL_PORT, Doorbell};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::layout;
+use crate::state::StateError;
+use crate::state::device::{ChannelState, DeviceState};
 use crate::timing::{Phase, Timing};
 use serial::Serial;
 use virtio::MmioTransport;
@@ -74,6 +76,28 @@ impl GuestChannel {
         &self.begun
     }
 
+    fn state(&self) -> ChannelState {
+        // Reading takes the count away.
+        let begun = self.begun.read().is_ok();
+        if begun {
+            let _ = self.begun.write(1);
+        }
+        ChannelState {
+            control: self.control(),
+            status: self.status(),
+            begun: begun || self.control().is_some(),
+        }
+    }
+
+    fn restore(&self, state: &ChannelState) {
+        self.control.store(state.control.unwrap_or(0), Ordering::Release);
+        self.status.store(state.status.unwrap_or(NOT_DONE), Ordering::Release);
+        if state.begun {
+            // An eventfd that cannot count on is readable already.
+            let _ = self.begun.write(1);
+        }
+    }
+
     fn ring(&self, bell: Doorbell, payload: u32) {
         match bell {
             Doorbell::Announce => self.control.store(u64::from(payload) << 4, Ordering::Release),
@@ -97,6 +121,45 @@ impl Platform {
     ) -> std::io::Result<Platform> {
         let virtio = virtio.into_iter().map(Mutex::new).collect();
         Ok(Platform { serial: Serial::new(console)?, virtio, channel: GuestChannel::new()?, timing })
+    }
+
+    /// Goes on from `state`: devices that nobody has used yet, and the same in kind and number. It may interrupt the guest,
+    /// so KVM must have its interrupt controllers' state before.
+    ///
+    /// # Errors
+    /// [`StateError::Device`].
+    pub fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let broken = |device: String| move |why| StateError::Device { device, why };
+        if self.virtio.len() != state.virtio.len() {
+            return Err(broken("the machine".into())("it has another number of virtio devices"));
+        }
+        self.serial.restore(&state.serial).map_err(broken("the serial port".into()))?;
+        self.channel.restore(&state.channel);
+        for (index, (device, state)) in self.virtio.iter().zip(&state.virtio).enumerate() {
+            let mut device = device.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            device.restore(state).map_err(broken(format!("virtio device {index}")))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps all devices from taking requests until the guards are dropped. See [`DeviceHandle::pause`](virtio::DeviceHandle::pause).
+    pub fn pause(&self) -> Vec<virtio::Paused> {
+        let lock = |device: &Mutex<MmioTransport>| {
+            device.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).handle()
+        };
+        self.virtio.iter().map(|device| lock(device).pause()).collect()
+    }
+
+    /// The state of all devices, which are paused, of a machine whose vCPUs stand still.
+    pub fn state(&self) -> DeviceState {
+        let device = |device: &Mutex<MmioTransport>| {
+            device.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).state()
+        };
+        DeviceState {
+            serial: self.serial.state(),
+            virtio: self.virtio.iter().map(device).collect(),
+            channel: self.channel.state(),
+        }
     }
 
     /// The serial port.

@@ -5,8 +5,10 @@ use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard};
 
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial as Uart, Trigger};
+use vm_superio::{Serial as Uart, SerialState, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::state::device::SerialPortState;
 
 /// An interrupt line behind an irqfd.
 struct Line(EventFd);
@@ -60,6 +62,44 @@ impl Serial {
         Ok(Serial { inner: Mutex::new(Inner { uart, waiting: VecDeque::new() }), interrupt, room })
     }
 
+    /// Goes on from `state`, with the same console.
+    ///
+    /// # Errors
+    /// Why it cannot; it is of no use any more then.
+    pub fn restore(&self, state: &SerialPortState) -> Result<(), &'static str> {
+        const NO_FD: &str = "there are no file descriptors left for it";
+        if state.waiting.len() > MAX_WAITING {
+            return Err("more input waits than is kept");
+        }
+        let lines = || {
+            let line = self.interrupt.try_clone().map_err(|_| NO_FD)?;
+            Ok::<_, &'static str>((Line(line), Room(self.room.try_clone().map_err(|_| NO_FD)?)))
+        };
+        let [dll, dlm, ier, iir, lcr, lsr, mcr, msr, scr] = state.registers;
+        let uart = SerialState {
+            baud_divisor_low: dll,
+            baud_divisor_high: dlm,
+            interrupt_enable: ier,
+            interrupt_identification: iir,
+            line_control: lcr,
+            line_status: lsr,
+            modem_control: mcr,
+            modem_status: msr,
+            scratch: scr,
+            in_buffer: state.fifo.clone(),
+        };
+        let mut inner = self.lock();
+        let (line, room) = lines()?;
+        let nobody: Box<dyn Write + Send> = Box::new(io::sink());
+        let before = std::mem::replace(&mut inner.uart, Uart::with_events(line, room, nobody));
+        let (line, room) = lines()?;
+        inner.uart = Uart::from_state(&uart, line, room, before.into_writer())
+            .map_err(|_| "its receive FIFO is longer than it can be")?;
+        inner.waiting = state.waiting.iter().copied().collect();
+        inner.feed();
+        Ok(())
+    }
+
     /// The interrupt line, for an irqfd.
     pub fn interrupt(&self) -> &EventFd {
         &self.interrupt
@@ -92,6 +132,27 @@ impl Serial {
         let room = MAX_WAITING - inner.waiting.len().min(MAX_WAITING);
         inner.waiting.extend(&bytes[..bytes.len().min(room)]);
         inner.feed();
+    }
+
+    /// The state of the port.
+    pub fn state(&self) -> SerialPortState {
+        let inner = self.lock();
+        let uart = inner.uart.state();
+        SerialPortState {
+            registers: [
+                uart.baud_divisor_low,
+                uart.baud_divisor_high,
+                uart.interrupt_enable,
+                uart.interrupt_identification,
+                uart.line_control,
+                uart.line_status,
+                uart.modem_control,
+                uart.modem_status,
+                uart.scratch,
+            ],
+            fifo: uart.in_buffer,
+            waiting: inner.waiting.iter().copied().collect(),
+        }
     }
 
     /// Gives the guest as much of the queued input as fits.

@@ -1,6 +1,6 @@
 //! KVM calls and fields that kvm-ioctls leaves unsafe, with the reasons why our uses are sound.
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::memory::RamRegion;
@@ -26,4 +26,14 @@ pub fn internal_suberror(vcpu: &mut VcpuFd) -> u32 {
     // SAFETY: every variant of this union is plain integers, so any bytes are a valid `internal`; for this
     // exit KVM has filled just that one.
     unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror }
+}
+
+/// Sets the extended state of a vCPU.
+///
+/// # Errors
+/// What KVM says.
+pub fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: KVM reads more than the 4096 bytes that there are only for a process that has asked for dynamic features
+    // for its guests (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM). This program never does.
+    unsafe { vcpu.set_xsave(xsave) }
 }

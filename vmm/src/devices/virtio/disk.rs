@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::write_zeroes::{PunchHole, WriteZeroesAt};
 
 use super::Buffers;
@@ -21,7 +22,7 @@ pub const SECTOR: u64 = 512;
 
 /// A disk as the command line describes it: `path=FILE[,readonly=on|off]`, off by default. A path with a
 /// comma in it cannot be said this way.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskConfig {
     /// A regular file or a block device.
     pub path: PathBuf,

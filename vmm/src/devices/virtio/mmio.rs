@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::worker::Shared;
 use super::{BrokenChain, DeviceHandle, GuestRam, QueueWorker, VirtioDevice};
+use crate::state::device::{QueueState, TransportState};
 
 /// Offset of the QueueNotify register, for the ioeventfds: a 32-bit write of a queue's number there is what
 /// [`MmioTransport::queue_events`] of that number is to be signalled by.
@@ -154,6 +155,70 @@ impl MmioTransport {
     /// A handle to pause the device with.
     pub fn handle(&self) -> DeviceHandle {
         DeviceHandle(Arc::clone(&self.shared))
+    }
+
+    /// The state of the device, which is [paused](DeviceHandle::pause), and whose registers nobody writes.
+    pub fn state(&self) -> TransportState {
+        let at = self.shared.positions();
+        let queue = |(index, queue): (usize, &QueueRegisters)| QueueState {
+            num: queue.num,
+            ready: queue.ready,
+            desc: queue.desc,
+            driver: queue.driver,
+            device: queue.device,
+            at: at.get(index).copied().flatten(),
+        };
+        TransportState {
+            device_id: self.device_id,
+            device_features: self.device_features,
+            driver_features: self.driver_features,
+            status: self.status,
+            needs_reset: self.shared.needs_reset(),
+            interrupt_status: self.shared.interrupt_status(),
+            features_sel: (self.device_features_sel, self.driver_features_sel),
+            queue_sel: self.queue_sel,
+            queues: self.queues.iter().enumerate().map(queue).collect(),
+        }
+    }
+
+    /// Makes a device that no driver has come to yet one with this state. What the device is must be the same.
+    ///
+    /// # Errors
+    /// Why it cannot be.
+    pub fn restore(&mut self, state: &TransportState) -> Result<(), &'static str> {
+        if state.device_id != self.device_id {
+            return Err("it is of another kind");
+        }
+        if state.driver_features & !self.device_features != 0 {
+            return Err("its driver uses features that the device does not have here");
+        }
+        if state.queues.len() != self.queues.len() {
+            return Err("it has another number of queues");
+        }
+        self.driver_features = state.driver_features;
+        self.status = state.status & DRIVER_STATUS;
+        (self.device_features_sel, self.driver_features_sel) = state.features_sel;
+        self.queue_sel = state.queue_sel;
+        for (queue, state) in self.queues.iter_mut().zip(&state.queues) {
+            let &QueueState { num, ready, desc, driver, device, .. } = state;
+            *queue = QueueRegisters { num, ready, desc, driver, device, ..*queue };
+        }
+        let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        // A queue without a position is not served: the driver has not come so far, or the device waits for a reset.
+        let build = |mem: &GuestRam| {
+            let queues = self.queues.iter().zip(&state.queues);
+            let one = |(queue, state): (&QueueRegisters, &QueueState)| -> Result<Option<Queue>, BrokenChain> {
+                let Some((avail, used)) = state.at else { return Ok(None) };
+                let mut queue = queue.build(mem, event_idx)?;
+                queue.set_next_avail(avail);
+                queue.set_next_used(used);
+                Ok(Some(queue))
+            };
+            queues.map(one).collect()
+        };
+        let served = state.queues.iter().any(|queue| queue.at.is_some());
+        let active = served.then_some((build, self.driver_features));
+        self.shared.restore(active, state.needs_reset, state.interrupt_status).map_err(|broken| broken.0)
     }
 
     /// The guest reads `data.len()` bytes at `offset` into the register block.

@@ -91,6 +91,40 @@ impl Shared {
         self.kick_all();
     }
 
+    /// Where the device is in the available and the used ring of each queue that it serves.
+    pub(super) fn positions(&self) -> Vec<Option<(u16, u16)>> {
+        let core = self.core();
+        core.queues
+            .iter()
+            .map(|queue| queue.as_ref().map(|queue| (queue.next_avail(), queue.next_used())))
+            .collect()
+    }
+
+    /// Goes on from where a device with the same registers was. What the driver has been told may be told again.
+    #[allow(clippy::type_complexity)]
+    pub(super) fn restore(
+        &self,
+        active: Option<(impl FnOnce(&GuestRam) -> Result<Vec<Option<Queue>>, BrokenChain>, u64)>,
+        needs_reset: bool,
+        interrupt_status: u32,
+    ) -> Result<(), BrokenChain> {
+        self.hold(|core| -> Result<(), BrokenChain> {
+            if let Some((queues, features)) = active {
+                core.queues = queues(&core.mem)?;
+                core.device.activate(features);
+            }
+            self.needs_reset.store(needs_reset, Ordering::SeqCst);
+            self.interrupt_status.store(interrupt_status, Ordering::SeqCst);
+            Ok(())
+        })?;
+        // A notification may have been under way to the device, and an interrupt to the driver.
+        if interrupt_status != 0 {
+            signal(&self.irq);
+        }
+        self.kick_all();
+        Ok(())
+    }
+
     /// Takes all queues out of service. When this returns no request is in flight and none will be taken.
     pub(super) fn stop(&self) {
         self.hold(|core| core.queues.clear());
