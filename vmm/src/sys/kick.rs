@@ -35,6 +35,20 @@ extern "C" fn on_kick(_: libc::c_int) {
     }
 }
 
+/// Installs the signal's handler, once.
+fn handle_kicks() {
+    static HANDLER: Once = Once::new();
+    HANDLER.call_once(|| {
+        // SAFETY: an all-zero sigaction is a valid one; the handler is async-signal-safe (see there), and
+        // no SA_RESTART lets system calls return EINTR, which is the point.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_kick as *const () as usize;
+            libc::sigaction(signal_number(), &action, ptr::null_mut());
+        }
+    });
+}
+
 /// While this lives, [`kick`] brings the current thread out of its vCPU's `KVM_RUN`.
 #[derive(Debug)]
 pub struct Registration {
@@ -44,16 +58,7 @@ pub struct Registration {
 impl Registration {
     /// Registers the current thread as the one that runs `vcpu`. The vCPU must outlive the registration.
     pub fn new(vcpu: &mut VcpuFd) -> Registration {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(|| {
-            // SAFETY: an all-zero sigaction is a valid one; the handler is async-signal-safe (see there), and
-            // no SA_RESTART lets system calls return EINTR, which is the point.
-            unsafe {
-                let mut action: libc::sigaction = std::mem::zeroed();
-                action.sa_sigaction = on_kick as *const () as usize;
-                libc::sigaction(signal_number(), &action, ptr::null_mut());
-            }
-        });
+        handle_kicks();
         let flag = (&raw mut vcpu.get_kvm_run().immediate_exit).cast::<AtomicU8>().cast_const();
         IMMEDIATE_EXIT.set(flag);
         Registration { flag }
@@ -78,6 +83,9 @@ impl Drop for Registration {
 /// # Errors
 /// `ESRCH` when the thread has ended.
 pub fn kick<T>(thread: &JoinHandle<T>) -> io::Result<()> {
+    // A thread that has only just been started has not registered itself: without a handler the signal would end the
+    // process.
+    handle_kicks();
     // SAFETY: the handle has not been joined, so its pthread_t is valid.
     let result = unsafe { libc::pthread_kill(thread.as_pthread_t(), signal_number()) };
     if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result)) }
