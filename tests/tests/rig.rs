@@ -146,7 +146,7 @@ fn boots_linux(test: &str, host: &Host, kernel: &str, series: &str, cpus: u32, o
 
 /// Every page that it touches is brought by the monitor, every first write is seen by it.
 ///
-/// In one of some fifteen runs the guest gets stuck: the emulated host's KVM takes thousands of page faults a second, of
+/// In 3 of 27 runs the guest got stuck: the emulated host's KVM takes thousands of page faults a second, of
 /// which no userfaultfd hears, and the monitor has nothing left to serve. Until that is understood a run that got stuck is
 /// made once more, and it is said.
 #[test]
