@@ -156,6 +156,7 @@ fn bodies(operation: &str) -> Vec<(Value, bool)> {
             (json!({ "epochs": 2, "interval_ms": 5 }), true),
             (json!({ "epochs": 1, "interval_ms": 5, "pages": true, "full": true, "compress": "lz4" }), true),
             (json!({ "epochs": -1 }), false),
+            (json!({ "interval_ms": u64::MAX }), false),
             (json!({ "compress": "rar" }), false),
             (json!({ "page": true }), false),
         ],
@@ -244,9 +245,10 @@ fn what_the_machine_is_told_it_does() {
     let dirty = monitor.get("/dirty").1;
     assert_eq!((&dirty["tracker"], &dirty["epoch_s"]), (&json!("kvm-bitmap"), &json!(0.03)));
     assert_eq!(dirty["totals"]["missed"], 0);
-    // A machine without rings.
+    // A machine without rings: it says so, and tracks nothing until it is told to.
     let (status, problem) = monitor.json("PUT", "/dirty/tracker", &json!({ "track": "kvm-ring" }));
     assert!(status == 409 && problem["error"].is_string(), "{problem}");
+    assert_eq!(monitor.get("/dirty").1["armed"], false);
     assert_eq!(monitor.json("DELETE", "/dirty/tracker", &Value::Null).0, 204);
     assert_eq!(monitor.get("/dirty").1["armed"], false);
     assert_eq!(monitor.json("POST", "/dirty/dump", &json!({})).0, 409);

@@ -62,7 +62,7 @@ pub struct Dump<W> {
 }
 
 /// Bytes of the monitor's own name in a log.
-const CREATOR: &str = concat!("vmm ", env!("CARGO_PKG_VERSION"));
+pub(crate) const CREATOR: &str = concat!("vmm ", env!("CARGO_PKG_VERSION"));
 
 /// 128 random bits.
 pub fn stream_id() -> Result<StreamId, DumpError> {

@@ -5,7 +5,7 @@
 //! way that tells what the guest touched from what came along. Memory that is tracked is tracked by the server, too.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -16,6 +16,7 @@ use dirty_track::stage2::SecondLevel;
 use dirty_track::tracker::Slot;
 use serde::{Deserialize, Serialize};
 
+use crate::beside;
 use crate::memory::MemoryConfig;
 
 /// What comes along with a missing page, as `--prefault` says.
@@ -135,13 +136,8 @@ const CPUS_PER_HANDLER: usize = 8;
 /// [`WorkingSetError::File`].
 pub fn record(server: &Server, path: &Path) -> Result<(), WorkingSetError> {
     let text = WorkingSet::touched(server.stage2()).to_string();
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let written = tempfile::NamedTempFile::new_in(directory).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        Ok(file.persist(path)?)
-    });
-    written.map(drop).map_err(|source| WorkingSetError::File { path: path.to_owned(), source })
+    beside::write(path, text.as_bytes())
+        .map_err(|source| WorkingSetError::File { path: path.to_owned(), source })
 }
 
 /// What was served, as it is shown.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::board::{Board, DumpStatus};
+use crate::board::{Board, DumpStatus, Posted};
 use crate::cost;
 use crate::dump::{self, Dump, DumpConfig, DumpError};
 use crate::forecast::Link;
@@ -353,12 +353,15 @@ impl Watch {
                 if !last || epoch.seconds * 10.0 > self.plan.epoch.as_secs_f64() {
                     self.show.epoch(&epoch);
                 }
-                let totals = observer.totals();
-                self.board.post(|posted| {
-                    posted.last = Some(Arc::new(epoch));
-                    posted.ranges = Arc::new(ranges);
-                    posted.totals = Some(Arc::new(totals));
-                });
+                if is_read {
+                    // It counts all of memory.
+                    let totals = observer.totals();
+                    self.board.post(|posted| {
+                        posted.last = Some(Arc::new(epoch));
+                        posted.ranges = Arc::new(ranges);
+                        posted.totals = Some(Arc::new(totals));
+                    });
+                }
                 self.after_epoch(written, ends);
             }
             By::Sample(_, Some(looker)) if !last => {
@@ -437,12 +440,17 @@ impl Watch {
             observer.disarm()?;
             self.next_epoch = observer.epoch() + 1;
         }
+        // If the new one cannot be had there is none, and that is what is told.
         self.eye.by = By::Nothing;
+        self.board.post(|posted| *posted = Posted { tracker: Kind::None.name(), ..Posted::default() });
         self.eye = self.observers.eye(track)?;
         self.plan.epoch = epoch.unwrap_or(self.plan.epoch);
-        self.board.post(|posted| *posted = Default::default());
         self.show.track(self.eye.name, self.eye.chosen_because);
-        Ok(self.begin()?)
+        if let Err(error) = self.begin() {
+            self.eye.by = By::Nothing;
+            return Err(error.into());
+        }
+        Ok(())
     }
 
     fn begin_dump(&mut self, sink: Box<dyn Sink>, config: DumpConfig) -> Result<(), Refusal> {

@@ -32,13 +32,16 @@ pub enum OptionError {
     },
 }
 
+/// The longest epoch: a day.
+pub const LONGEST_EPOCH: Duration = Duration::from_secs(86400);
+
 /// Parses the length of an epoch that leaves the guest time to run: harvests in a row starve it.
 ///
 /// # Errors
 /// Why it will not do.
 pub fn epoch(text: &str) -> Result<Duration, String> {
     let epoch = duration(text).map_err(|error| error.to_string())?;
-    if epoch < Duration::from_millis(1) || epoch > Duration::from_secs(86400) {
+    if epoch < Duration::from_millis(1) || epoch > LONGEST_EPOCH {
         return Err(format!("'{text}' will not do: give 1ms to 24h"));
     }
     Ok(epoch)

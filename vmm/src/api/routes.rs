@@ -22,10 +22,10 @@ use super::answer::{Body, Failure};
 use super::stream::{BodySink, FileSink};
 use super::{Cut, OPENAPI, Subject, metrics};
 use crate::board::DumpStatus;
-use crate::dump::DumpConfig;
+use crate::dump::{CREATOR, DumpConfig, DumpError};
 use crate::live::{Epoch, Totals};
 use crate::observe::{Command, Refusal, Reply, Sink, SnapshotReport};
-use crate::options;
+use crate::options::{self, LONGEST_EPOCH};
 use crate::sampled::{Look, Looks};
 use crate::track::TrackConfig;
 use crate::vcpu::End;
@@ -80,16 +80,16 @@ async fn openapi() -> Response {
 }
 
 /// The machine.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Vm {
+#[derive(Debug, Serialize)]
+struct Vm {
     /// `running`, `paused` or `ended`.
-    pub(super) state: String,
-    pub(super) cpus: usize,
-    pub(super) memory_bytes: u64,
-    pub(super) huge: String,
-    pub(super) shared: bool,
-    pub(super) uptime_s: f64,
-    pub(super) creator: String,
+    state: &'static str,
+    cpus: usize,
+    memory_bytes: u64,
+    huge: String,
+    shared: bool,
+    uptime_s: f64,
+    creator: &'static str,
 }
 
 async fn vm(State(subject): State<Arc<Subject>>) -> Json<Vm> {
@@ -101,13 +101,13 @@ async fn vm(State(subject): State<Arc<Subject>>) -> Json<Vm> {
         Some(_) => "ended",
     };
     Json(Vm {
-        state: state.into(),
+        state,
         cpus: subject.machine.cpus(),
         memory_bytes: memory.size,
         huge: memory.huge.to_string(),
         shared: memory.shared,
         uptime_s: subject.began.elapsed().as_secs_f64(),
-        creator: concat!("vmm ", env!("CARGO_PKG_VERSION")).into(),
+        creator: CREATOR,
     })
 }
 
@@ -222,7 +222,7 @@ async fn dirty(
     if let Some(after) = after {
         let newer = board.wait_for(|posted| {
             let epoch = posted.last.as_ref().map(|epoch| epoch.epoch);
-            // Numbers begin anew with another tracker.
+            // Not a later one: with another sample they begin anew.
             epoch.or(posted.look.map(|look| look.epoch)).is_some_and(|epoch| epoch != after)
         });
         // Who has waited too long, or waits for an observer that has ended, is told what there is.
@@ -331,7 +331,10 @@ impl DumpRequest {
 async fn dump(State(subject): State<Arc<Subject>>, Body(request): Body<DumpRequest>) -> Answer<Response> {
     let config = request.config();
     if config.full && !config.pages {
-        return Err(Failure::bad(crate::dump::DumpError::FullWithoutPages));
+        return Err(Failure::bad(DumpError::FullWithoutPages));
+    }
+    if config.interval_ms > LONGEST_EPOCH.as_millis() as u64 {
+        return Err(Failure::bad("an epoch has 24 hours at most: 86400000 ms"));
     }
     not_while_dumping(&subject)?;
     if let Some(path) = request.path {

@@ -6,6 +6,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::{fs, io::ErrorKind};
 
+use crate::beside::directory;
+
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
@@ -59,8 +61,7 @@ impl Socket {
             Err(error) => return Err(system(error)),
         }
         // Nobody else can reach it before its mode is right, and it takes the place of an old one in one step.
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let private = tempfile::Builder::new().prefix(".vmm").tempdir_in(parent).map_err(system)?;
+        let private = tempfile::Builder::new().prefix(".vmm").tempdir_in(directory(path)).map_err(system)?;
         let made = private.path().join("s");
         let listener = UnixListener::bind(&made).map_err(system)?;
         fs::set_permissions(&made, fs::Permissions::from_mode(0o600)).map_err(system)?;

@@ -1,36 +1,31 @@
 //! Dumps on their way: into a file, or into a response.
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
+use crate::beside::Beside;
 use crate::observe::Sink;
 
 /// A file that is there when all of it was written, and not before.
-pub(super) struct FileSink {
-    file: NamedTempFile,
-    path: PathBuf,
-}
+pub(super) struct FileSink(Beside);
 
 impl FileSink {
     pub(super) fn create(path: &Path) -> io::Result<FileSink> {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = tempfile::Builder::new().prefix(".dump").tempfile_in(parent)?;
-        Ok(FileSink { file, path: path.to_owned() })
+        Beside::new(path).map(FileSink)
     }
 }
 
 impl Write for FileSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.as_file_mut().write(bytes)
+        self.0.file().write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -40,9 +35,7 @@ impl Write for FileSink {
 
 impl Sink for FileSink {
     fn complete(self: Box<Self>) -> io::Result<()> {
-        self.file.as_file().sync_all()?;
-        self.file.persist(&self.path).map_err(|error| error.error)?;
-        Ok(())
+        self.0.complete()
     }
 }
 

@@ -11,6 +11,7 @@ use dirty_track::log::{Event, replay};
 use twox_hash::XxHash3_64;
 
 use super::{LogfileError, open, read_error, write_error};
+use crate::beside::Beside;
 use crate::options::human_size;
 use crate::panel::grouped;
 
@@ -22,20 +23,18 @@ use crate::panel::grouped;
 /// See [`LogfileError`].
 pub fn apply(path: &Path, base: Option<&Path>, output: &Path) -> Result<(), LogfileError> {
     let mut log = open(path)?;
-    let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut image =
-        tempfile::Builder::new().prefix(".vmm").tempfile_in(parent).map_err(write_error(output))?;
+    let mut image = Beside::new(output).map_err(write_error(output))?;
     if let Some(base) = base {
         let source =
             File::open(base).map_err(|source| LogfileError::Open { path: base.to_owned(), source })?;
-        copy_sparse(&source, image.as_file()).map_err(write_error(output))?;
+        copy_sparse(&source, image.file()).map_err(write_error(output))?;
     }
     let end = log.header().slots.last().map_or(0, |slot| slot.frames().end().gpa().0);
-    let length = image.as_file().metadata().map_err(write_error(output))?.len();
-    image.as_file().set_len(length.max(end)).map_err(write_error(output))?;
-    let done = replay(&mut log, image.as_file_mut())
+    let length = image.file().metadata().map_err(write_error(output))?.len();
+    image.file().set_len(length.max(end)).map_err(write_error(output))?;
+    let done = replay(&mut log, image.file())
         .map_err(|source| LogfileError::Replay { path: path.to_owned(), source })?;
-    image.persist(output).map_err(|error| write_error(output)(error.error))?;
+    image.complete().map_err(write_error(output))?;
     eprintln!(
         "{}: {} pages from {} epochs, {} more are all zeros",
         output.display(),

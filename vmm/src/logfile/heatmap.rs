@@ -10,7 +10,8 @@ use std::path::Path;
 use dirty_track::addr::PAGE_SIZE;
 use dirty_track::log::{Event, Header};
 
-use super::{LogfileError, open, print, read_error, replace};
+use super::{LogfileError, open, print, read_error, write_error};
+use crate::beside;
 use crate::options::human_size;
 use canvas::{Anchor, Canvas, Colour};
 
@@ -135,12 +136,15 @@ impl Heat {
 /// # Errors
 /// See [`LogfileError`].
 pub fn heatmap(path: &Path, output: Option<&Path>) -> Result<(), LogfileError> {
-    let kind = output.map(|output| output.extension().and_then(|kind| kind.to_str()));
-    if let (Some(output), Some(None | Some(_))) = (output, kind)
-        && !matches!(kind, Some(Some("png" | "svg")))
-    {
-        return Err(LogfileError::Picture(output.to_owned()));
-    }
+    // Before much is read.
+    let to = match output {
+        None => To::Terminal,
+        Some(output) => match output.extension().and_then(|kind| kind.to_str()) {
+            Some("png") => To::Png(output),
+            Some("svg") => To::Svg(output),
+            _ => return Err(LogfileError::Picture(output.to_owned())),
+        },
+    };
     let mut log = open(path)?;
     let mut heat = Heat::new(log.header());
     while let Some(event) = log.read().map_err(|error| read_error(path, error))? {
@@ -160,20 +164,27 @@ pub fn heatmap(path: &Path, output: Option<&Path>) -> Result<(), LogfileError> {
         return Err(LogfileError::Empty(path.to_owned()));
     }
     let subject = format!("{}, tracked by {}", human_size(heat.pages * PAGE_SIZE), log.header().tracker);
-    match (output, kind.flatten()) {
-        (Some(output), Some("svg")) => {
+    match to {
+        To::Svg(output) => {
             let mut canvas = svg::Svg::new(WIDTH, HEIGHT);
             draw(&heat, &subject, &mut canvas);
-            replace(output, canvas.finish().as_bytes())
+            beside::write(output, canvas.finish().as_bytes()).map_err(write_error(output))
         }
-        (Some(output), _) => {
+        To::Png(output) => {
             let mut canvas = png::Png::new(WIDTH as u32, HEIGHT as u32);
             draw(&heat, &subject, &mut canvas);
-            let bytes = canvas.finish().map_err(super::write_error(output))?;
-            replace(output, &bytes)
+            let bytes = canvas.finish().map_err(write_error(output))?;
+            beside::write(output, &bytes).map_err(write_error(output))
         }
-        (None, _) => print(|out| Ok(out.write_all(text(&heat, &subject).as_bytes())?)),
+        To::Terminal => print(|out| Ok(out.write_all(text(&heat, &subject).as_bytes())?)),
     }
+}
+
+/// Where the picture goes.
+enum To<'a> {
+    Png(&'a Path),
+    Svg(&'a Path),
+    Terminal,
 }
 
 const WIDTH: f64 = 1200.0;

@@ -129,15 +129,3 @@ impl From<LogfileError> for PrintError {
         PrintError::Log(error)
     }
 }
-
-/// Writes `bytes` to `path` in one step.
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), LogfileError> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".vmm").tempfile_in(parent)?;
-        file.write_all(bytes)?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(write_error(path))
-}
