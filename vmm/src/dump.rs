@@ -95,6 +95,7 @@ impl<W: Write> Dump<W> {
             tracker: tracker.to_owned(),
             guarantees,
             contents: config.pages,
+            checked: true,
             creator: CREATOR.to_owned(),
         };
         let log = LogWriter::new(out, header, config.compress)?;

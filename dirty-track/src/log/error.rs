@@ -28,6 +28,9 @@ pub enum WriteError {
     /// An epoch was begun and not finished.
     #[error("an epoch of the log was begun and not finished: the log is of no use any more")]
     Unfinished,
+    /// Contents apart, in a log whose checksums are of them.
+    #[error("this log checks the contents of its pages: they cannot be written apart")]
+    Checked,
     /// More than a record can hold.
     #[error("{what} of {bytes} bytes is more than a record of the log can hold")]
     TooLong {

@@ -138,9 +138,21 @@ pub struct Header {
     pub guarantees: Guarantees,
     /// Contents of the pages are in the log.
     pub contents: bool,
+    /// The checksums are of these contents, too. Not so where the log goes over a channel that damages nothing: then
+    /// contents can go from memory to memory, looked at by nobody.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub checked: bool,
     /// What wrote it, for people.
     #[serde(default)]
     pub creator: String,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(checked: &bool) -> bool {
+    *checked
 }
 
 impl Header {
@@ -248,7 +260,12 @@ pub(super) struct Head {
 impl Head {
     /// Fills the head in front of a payload: `record` is both. The checksum is made of all the rest.
     pub(super) fn seal(record: &mut [u8], kind: u8, number: u64, seed: u64) {
-        let payload = (record.len() - HEAD) as u32;
+        Head::seal_before(record, 0, kind, number, seed);
+    }
+
+    /// As [`seal`](Head::seal), with so many more bytes of payload to come that the checksum is not of.
+    pub(super) fn seal_before(record: &mut [u8], more: usize, kind: u8, number: u64, seed: u64) {
+        let payload = (record.len() - HEAD + more) as u32;
         record[8..12].copy_from_slice(&payload.to_le_bytes());
         record[12..16].copy_from_slice(&[kind, 0, 0, 0]);
         record[16..24].copy_from_slice(&number.to_le_bytes());

@@ -18,7 +18,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 0..8 | checksum: XXH3-64 of all the rest of the record, seeded with the stream's id; with 0 for the header |
+//! | 0..8 | checksum: XXH3-64 of all the rest of the record, seeded with the stream's id; with 0 for the header. Where the header says that contents are not checked, without the contents of pages |
 //! | 8..12 | bytes of the payload, at most [`MAX_PAYLOAD`] |
 //! | 12 | the record's kind |
 //! | 13..16 | zero |
@@ -44,6 +44,11 @@
 //! A record's checksum is seeded with the stream's id, and records are numbered: so none can be left out, repeated, moved,
 //! or taken from another stream. That is protection against accidents; whoever has to fear an adversary who *makes* a
 //! valid stream needs an authenticated channel besides. For memory safety no stream is trusted at all.
+//!
+//! **Contents apart.** A log that goes from one machine's memory into another's can go without its contents being copied or
+//! looked at on the way: [`EpochWriter::pages_apart`] writes a record's heads and lets the caller write the contents,
+//! [`LogReader::read_apart`] reads the heads and lets the caller read the contents ([`LogReader::contents`]). Such a log
+//! says in its header that contents are not [`checked`](Header::checked).
 
 mod codec;
 mod error;

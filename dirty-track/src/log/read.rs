@@ -46,6 +46,8 @@ pub enum Event<'a> {
     Zero(&'a [Span]),
     /// This is in these pages.
     Pages(PageRange, &'a [u8]),
+    /// What is in these pages comes next: [`LogReader::contents`] takes it.
+    Ahead(PageRange),
     /// The epoch ends.
     EpochEnd(EpochEnd),
     /// A part of the machine's state.
@@ -78,7 +80,8 @@ impl<R: Read> LogReader<R> {
         if major != VERSION.0 {
             return Err(ReadError::Version(major, minor));
         }
-        let mut records = Records { input, seed: 0, number: 0, at, record: Vec::new() };
+        let mut records =
+            Records { input, seed: 0, number: 0, at, record: Vec::new(), apart: false, ahead: 0 };
         if records.fetch()? != kind::HEADER {
             return Err(records.senseless("a log begins with its header"));
         }
@@ -87,6 +90,7 @@ impl<R: Read> LogReader<R> {
             return Err(records.senseless(fault));
         }
         records.seed = header.id.seed();
+        records.apart = !header.checked;
         Ok(LogReader {
             records,
             header,
@@ -115,18 +119,48 @@ impl<R: Read> LogReader<R> {
     /// # Errors
     /// What the input says, and what is wrong with the record: no other one should be read then.
     pub fn read(&mut self) -> Result<Option<Event<'_>>, ReadError> {
+        self.next(false)
+    }
+
+    /// As [`read`](LogReader::read), but contents that the log does not check, and that are not compressed, are left where
+    /// they are: they are an [`Event::Ahead`].
+    ///
+    /// # Errors
+    /// See [`read`](LogReader::read).
+    pub fn read_apart(&mut self) -> Result<Option<Event<'_>>, ReadError> {
+        self.next(true)
+    }
+
+    /// Has `take` read the contents that are ahead, as many bytes as it is told and no others, from the input that it is
+    /// given. What is not taken before the next record is read is passed over.
+    ///
+    /// # Errors
+    /// What `take` says.
+    pub fn contents(&mut self, take: impl FnOnce(&mut R, usize) -> io::Result<()>) -> Result<(), ReadError> {
+        let records = &mut self.records;
+        take(&mut records.input, records.ahead).map_err(ReadError::Io)?;
+        records.at += std::mem::take(&mut records.ahead) as u64;
+        Ok(())
+    }
+
+    /// Gives the input back, which may go on after the log.
+    pub fn into_input(self) -> R {
+        self.records.input
+    }
+
+    fn next(&mut self, apart: bool) -> Result<Option<Event<'_>>, ReadError> {
         loop {
             if self.phase == Phase::Done {
                 return Ok(None);
             }
             let kind = self.records.fetch()?;
             if kind < OPTIONAL {
-                return self.understand(kind).map(Some);
+                return self.understand(kind, apart).map(Some);
             }
         }
     }
 
-    fn understand(&mut self, kind: u8) -> Result<Event<'_>, ReadError> {
+    fn understand(&mut self, kind: u8, apart: bool) -> Result<Event<'_>, ReadError> {
         use Phase::{Done, Epochs, States};
         let payload = self.records.payload().len();
         match (self.phase, kind) {
@@ -156,7 +190,7 @@ impl<R: Read> LogReader<R> {
                 self.epoch.zero += self.get_spans(0)?;
                 Ok(Event::Zero(&self.spans))
             }
-            (Phase::Epoch, kind::PAGES) if payload >= PAGES_HEAD => self.get_pages(),
+            (Phase::Epoch, kind::PAGES) if payload >= PAGES_HEAD => self.get_pages(apart),
             (Phase::Epoch, kind::EPOCH_END) => {
                 let end: EpochEnd = self.records.json()?;
                 if end != self.epoch {
@@ -195,8 +229,8 @@ impl<R: Read> LogReader<R> {
         }
     }
 
-    fn get_pages(&mut self) -> Result<Event<'_>, ReadError> {
-        let (head, contents) = self.records.payload().split_at(PAGES_HEAD);
+    fn get_pages(&mut self, apart: bool) -> Result<Event<'_>, ReadError> {
+        let (head, _) = self.records.payload().split_at(PAGES_HEAD);
         let range = PageRange { start: Gfn(u64_at(head, 0)), pages: u32_at(head, 8).into() };
         if range.pages == 0 || range.pages > CHUNK_PAGES as u64 {
             return Err(self.records.senseless("it has no pages, or more than a record may"));
@@ -207,6 +241,11 @@ impl<R: Read> LogReader<R> {
         }
         let bytes = range.pages as usize * PAGE_BYTES;
         self.epoch.pages += range.pages;
+        if apart && head[12] == AS_IT_IS && self.records.ahead == bytes {
+            return Ok(Event::Ahead(range));
+        }
+        self.records.fetch_rest()?;
+        let (head, contents) = self.records.payload().split_at(PAGES_HEAD);
         if head[12] == AS_IT_IS {
             if contents.len() != bytes {
                 return Err(self.records.senseless("its contents are not those of so many pages"));
@@ -251,11 +290,16 @@ struct Records<R> {
     at: u64,
     /// The one that was read last, head and payload.
     record: Vec<u8>,
+    /// The contents of pages are in no checksum.
+    apart: bool,
+    /// So many bytes of them, of the last record, have not been read.
+    ahead: usize,
 }
 
 impl<R: Read> Records<R> {
     /// Reads a whole record, checks that it is the next one, and returns its kind.
     fn fetch(&mut self) -> Result<u8, ReadError> {
+        self.fetch_rest()?;
         let (at, record) = (self.at, self.number);
         self.record.resize(HEAD, 0);
         fill(&mut self.input, &mut self.record, &mut self.at)?;
@@ -263,7 +307,10 @@ impl<R: Read> Records<R> {
         if head.payload > MAX_PAYLOAD {
             return Err(ReadError::TooLong { record, at, bytes: head.payload });
         }
-        self.record.resize(HEAD + head.payload, 0);
+        if self.apart && head.kind == kind::PAGES {
+            self.ahead = head.payload.saturating_sub(PAGES_HEAD);
+        }
+        self.record.resize(HEAD + head.payload - self.ahead, 0);
         fill(&mut self.input, &mut self.record[HEAD..], &mut self.at)?;
         if !head.is_sound(&self.record, self.seed) {
             return Err(ReadError::Damaged { record, at });
@@ -276,6 +323,13 @@ impl<R: Read> Records<R> {
             return Err(self.senseless("its head has something where zeros belong"));
         }
         Ok(head.kind)
+    }
+
+    /// Reads what is left of the last record.
+    fn fetch_rest(&mut self) -> Result<(), ReadError> {
+        let start = self.record.len();
+        self.record.resize(start + std::mem::take(&mut self.ahead), 0);
+        fill(&mut self.input, &mut self.record[start..], &mut self.at)
     }
 
     fn payload(&self) -> &[u8] {

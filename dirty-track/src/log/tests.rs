@@ -27,6 +27,7 @@ fn header() -> Header {
         tracker: "kvm-manual".to_owned(),
         guarantees: Kind::KvmManual.guarantees(Backing::Private),
         contents: true,
+        checked: true,
         creator: "a test".to_owned(),
     }
 }
@@ -408,4 +409,81 @@ fn a_file_is_an_image() {
 /// A file without a name.
 fn tempfile() -> std::fs::File {
     vmm_sys_util::tempfile::TempFile::new().unwrap().into_file()
+}
+
+#[test]
+fn contents_go_apart_and_come_as_they_went() {
+    let page = |gfn: u64| vec![gfn as u8 | 1; PAGE_BYTES];
+    let pages = |range: PageRange| range.iter().flat_map(|gfn| page(gfn.0)).collect::<Vec<_>>();
+    let header = Header { checked: false, ..header() };
+    for compression in [Compression::None, Compression::Lz4] {
+        let mut log = LogWriter::new(Vec::new(), header.clone(), compression).unwrap();
+        let mut epoch = log.epoch(0, 0).unwrap();
+        let (apart, copied) = (range(2, 256), range(300, 20));
+        epoch.pages_apart(apart, |out| io::Write::write_all(out, &pages(apart))).unwrap();
+        epoch
+            .pages(copied, |gpa, to| {
+                to.copy_from_slice(&pages(PageRange {
+                    start: gpa.gfn(),
+                    pages: (to.len() / PAGE_BYTES) as u64,
+                }));
+                Ok(())
+            })
+            .unwrap();
+        epoch.zeros([range(290, 3), range(350, 1)]).unwrap();
+        assert!(matches!(epoch.pages_apart(range(0, 257), |_| Ok(())), Err(WriteError::TooLong { .. })));
+        assert!(matches!(epoch.pages_apart(range(390, 11), |_| Ok(())), Err(WriteError::OutsideSlots(_))));
+        epoch.finish().unwrap();
+        let mut bytes = log.finish().unwrap().0;
+        bytes.extend_from_slice(b"what comes after");
+
+        // As one that knows nothing of it reads it; and left where they are, some of them not taken.
+        for mode in 0..3 {
+            let mut log = LogReader::new(&bytes[..]).unwrap();
+            let (mut seen, mut ahead) = (BTreeMap::new(), 0);
+            loop {
+                let event = if mode == 0 { log.read() } else { log.read_apart() };
+                match event.unwrap() {
+                    None => break,
+                    Some(Event::Pages(range, contents)) => {
+                        assert_eq!(contents, pages(range));
+                        seen.extend(range.iter().map(|gfn| (gfn.0, ())));
+                    }
+                    Some(Event::Ahead(range)) => {
+                        ahead += 1;
+                        if mode == 1 {
+                            let mut to = vec![0; range.bytes() as usize];
+                            log.contents(|input, bytes| {
+                                assert_eq!(bytes, to.len());
+                                io::Read::read_exact(input, &mut to)
+                            })
+                            .unwrap();
+                            assert_eq!(to, pages(range));
+                        }
+                        seen.extend(range.iter().map(|gfn| (gfn.0, ())));
+                    }
+                    Some(_) => {}
+                }
+            }
+            assert_eq!(seen.len(), 276);
+            assert_eq!(ahead > 0, mode > 0);
+            assert_eq!(log.bytes_read() as usize, bytes.len() - 16);
+            assert_eq!(log.into_input(), b"what comes after");
+        }
+        // What is not contents is checked as ever.
+        let at = bytes.len() - 16 - 30;
+        bytes[at] ^= 1;
+        let mut log = LogReader::new(&bytes[..]).unwrap();
+        let error = loop {
+            match log.read() {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("damage was not found"),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, ReadError::Damaged { .. }), "{error}");
+    }
+    let mut checked = LogWriter::new(Vec::new(), self::header(), Compression::None).unwrap();
+    let mut epoch = checked.epoch(0, 0).unwrap();
+    assert!(matches!(epoch.pages_apart(range(0, 1), |_| Ok(())), Err(WriteError::Checked)));
 }

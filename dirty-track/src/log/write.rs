@@ -224,13 +224,26 @@ impl<W: Write> LogWriter<W> {
         self.record.extend_from_slice(&head);
         if let Some(encoding) = self.encoder.encode(&self.chunk[start..end], &mut self.record)? {
             self.record[HEAD + 12] = encoding;
-            return self.put(kind::PAGES);
+            if self.header.checked {
+                return self.put(kind::PAGES);
+            }
+            let more = self.record.len() - HEAD - PAGES_HEAD;
+            let heads = &mut self.record[..HEAD + PAGES_HEAD];
+            Head::seal_before(heads, more, kind::PAGES, self.number, self.seed);
+            self.out.write_all(&self.record)?;
+            self.number += 1;
+            return Ok(());
         }
         // Without another copy: the heads go over the page before, which is zero, or written already, or room.
         head[12] = AS_IT_IS;
         self.chunk[start - PAGES_HEAD..start].copy_from_slice(&head);
         let record = &mut self.chunk[start - PAGES_HEAD - HEAD..end];
-        Head::seal(record, kind::PAGES, self.number, self.seed);
+        if self.header.checked {
+            Head::seal(record, kind::PAGES, self.number, self.seed);
+        } else {
+            let heads = &mut record[..HEAD + PAGES_HEAD];
+            Head::seal_before(heads, end - start, kind::PAGES, self.number, self.seed);
+        }
         self.out.write_all(record)?;
         self.number += 1;
         Ok(())
@@ -297,6 +310,46 @@ impl<W: Write> EpochWriter<'_, W> {
             first = Gfn(first.0 + pages as u64);
         }
         self.0.put_spans(kind::ZERO, None)
+    }
+
+    /// Writes the heads of a record with the contents of `range`, at most [`CHUNK_PAGES`]; `write` is to write the
+    /// contents, all of them and nothing else, to the output that it is given. For a log whose contents are not
+    /// [checked](Header::checked).
+    ///
+    /// # Errors
+    /// What the output says, [`WriteError::OutsideSlots`], [`WriteError::TooLong`] and [`WriteError::Checked`].
+    pub fn pages_apart(
+        &mut self,
+        range: PageRange,
+        write: impl FnOnce(&mut W) -> io::Result<()>,
+    ) -> Result<(), WriteError> {
+        self.0.check(range)?;
+        if self.0.header.checked {
+            return Err(WriteError::Checked);
+        }
+        if range.pages > CHUNK_PAGES as u64 {
+            return Err(WriteError::TooLong { what: "a range of pages", bytes: range.bytes() as usize });
+        }
+        let mut heads = [0; HEAD + PAGES_HEAD];
+        heads[HEAD..][..8].copy_from_slice(&range.start.0.to_le_bytes());
+        heads[HEAD + 8..][..4].copy_from_slice(&(range.pages as u32).to_le_bytes());
+        heads[HEAD + 12] = AS_IT_IS;
+        Head::seal_before(&mut heads, range.bytes() as usize, kind::PAGES, self.0.number, self.0.seed);
+        self.0.out.write_all(&heads)?;
+        write(&mut self.0.out)?;
+        self.0.number += 1;
+        self.so_far().pages += range.pages;
+        Ok(())
+    }
+
+    /// Says that pages are all zeros.
+    ///
+    /// # Errors
+    /// What the output says, and [`WriteError::OutsideSlots`].
+    pub fn zeros(&mut self, ranges: impl IntoIterator<Item = PageRange>) -> Result<(), WriteError> {
+        let spans = ranges.into_iter().map(|range| Span { range, flags: 0 });
+        self.so_far().zero += self.0.all_spans(kind::ZERO, None, spans)?;
+        Ok(())
     }
 
     /// Remembers zeros, which are written when they end.

@@ -388,6 +388,7 @@ mod tests {
             tracker: "test".into(),
             guarantees: Kind::KvmBitmap.guarantees(Backing::Private),
             contents: false,
+            checked: true,
             creator: String::new(),
         }
     }
