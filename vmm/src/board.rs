@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::live::{Epoch, Totals};
+use crate::migrate::report::MigrationReport;
 use crate::sampled::{Look, Looks};
 
 /// What is posted.
@@ -28,6 +29,8 @@ pub(crate) struct Posted {
     pub(crate) look: Option<Look>,
     pub(crate) looks: Option<Looks>,
     pub(crate) dump: Option<DumpStatus>,
+    /// The migration that is under way, or the last one.
+    pub(crate) migration: Option<Arc<MigrationReport>>,
 }
 
 /// How a dump is getting on, or how the last one did.

@@ -4,7 +4,7 @@
 //! to know something about a vCPU that stands still sends its thread on an errand.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use kvm_ioctls::VcpuFd;
@@ -22,6 +22,8 @@ enum Order {
 pub struct Gate {
     /// Copy of the order in `state`, for the check on the way into the guest.
     order: AtomicU8,
+    /// Which vCPUs are held back by themselves.
+    held_back: Vec<AtomicBool>,
     state: Mutex<GateState>,
     changed: Condvar,
 }
@@ -55,6 +57,7 @@ impl Gate {
     pub fn new(vcpus: usize) -> Gate {
         Gate {
             order: AtomicU8::new(Order::Run as u8),
+            held_back: (0..vcpus).map(|_| AtomicBool::new(false)).collect(),
             state: Mutex::new(GateState {
                 pauses: 0,
                 stop: false,
@@ -117,9 +120,22 @@ impl Gate {
         self.publish(&state);
     }
 
-    /// Whether a thread has to come to the gate: the check on the hot path.
-    pub(crate) fn is_open(&self) -> bool {
-        self.order.load(Ordering::Acquire) == Order::Run as u8
+    /// Holds one vCPU back, or does not any more; whoever does so kicks it.
+    pub(crate) fn hold_back(&self, vcpu: u8, hold: bool) {
+        let _state = self.lock();
+        if let Some(held_back) = self.held_back.get(usize::from(vcpu)) {
+            held_back.store(hold, Ordering::Release);
+        }
+        self.changed.notify_all();
+    }
+
+    fn is_held_back(&self, vcpu: u8) -> bool {
+        self.held_back.get(usize::from(vcpu)).is_some_and(|held_back| held_back.load(Ordering::Acquire))
+    }
+
+    /// Whether the thread of `vcpu` may pass the gate: the check on the hot path.
+    pub(crate) fn is_open_to(&self, vcpu: u8) -> bool {
+        self.order.load(Ordering::Acquire) == Order::Run as u8 && !self.is_held_back(vcpu)
     }
 
     /// Has each thread that stands at the gate run `errand` once, with its vCPU, and waits for all of them. Only
@@ -142,7 +158,7 @@ impl Gate {
         let mut seen = state.sent;
         state.parked += 1;
         self.changed.notify_all();
-        while state.pauses > 0 && !state.stop {
+        while (state.pauses > 0 || self.is_held_back(id)) && !state.stop {
             match state.errand.clone().filter(|_| seen != state.sent) {
                 Some(errand) => {
                     seen = state.sent;

@@ -91,8 +91,8 @@ pub struct MachineConfig {
 pub struct From {
     /// Its memory, as [`MachineConfig::memory`] says.
     pub ram: Ram,
-    /// Everything else.
-    pub state: MachineState,
+    /// Everything else; `None` if that is [given](Machine::give_state) before the machine is started.
+    pub state: Option<MachineState>,
 }
 
 /// Why there is no machine.
@@ -223,7 +223,7 @@ pub struct Machine {
 #[derive(Default)]
 struct Threads {
     waiting: Vec<Vcpu>,
-    running: Vec<JoinHandle<()>>,
+    running: Vec<(u8, JoinHandle<()>)>,
 }
 
 /// How the machine ended, and who is told.
@@ -256,8 +256,9 @@ impl Machine {
             return Err(MachineError::Cpus { asked: config.cpus, max });
         }
 
+        let boots = config.from.is_none();
         let (ram, state) = match config.from.take() {
-            Some(from) => (from.ram, Some(from.state)),
+            Some(from) => (from.ram, from.state),
             None => (Ram::new(config.memory)?, None),
         };
         let ram = Arc::new(ram);
@@ -275,7 +276,7 @@ impl Machine {
         let vm = Arc::new(kvm.create_vm().map_err(kvm_error("create a virtual machine"))?);
         let dirty_rings =
             config.dirty_ring.map(|entries| DirtyRings::enable(Arc::clone(&vm), entries)).transpose()?;
-        let low = module == KvmModule::Pvm && state.is_none() && starts_low(&config);
+        let low = module == KvmModule::Pvm && boots && starts_low(&config);
         let at_once = if low { 1 } else { ram.regions().len() };
         let late_ram = Arc::new(LateRam::new(at_once));
         add_memslots(&vm, &ram, 0..late_ram.first).map_err(kvm_error("give RAM to the virtual machine"))?;
@@ -324,7 +325,8 @@ impl Machine {
 
         match &state {
             Some(state) => restore(state, &vm, &waiting, &platform)?,
-            None => load(&config, &ram, &waiting[0].fd, &slots)?,
+            None if boots => load(&config, &ram, &waiting[0].fd, &slots)?,
+            None => {}
         }
         timing.mark(Phase::Loaded);
 
@@ -349,6 +351,20 @@ impl Machine {
         })
     }
 
+    /// Gives a machine that was made without it the state that it goes on from, before it is started.
+    ///
+    /// # Errors
+    /// What makes no sense, and what KVM refuses: the machine cannot be started then.
+    pub fn give_state(&self, state: &MachineState) -> Result<(), MachineError> {
+        restore(state, &self.vm, &self.threads().waiting, &self.platform)
+    }
+
+    /// Says that the machine has ended here, and goes on elsewhere. Its vCPUs stand still, and stay so.
+    pub fn gone(&self) {
+        self.hold();
+        self.outcome.report(End::Migrated);
+    }
+
     /// Starts the vCPU threads. A second call does nothing.
     ///
     /// # Errors
@@ -356,13 +372,13 @@ impl Machine {
     pub fn start(&self) -> Result<(), MachineError> {
         let mut threads = self.threads();
         while let Some(vcpu) = threads.waiting.pop() {
-            let outcome = Arc::clone(&self.outcome);
+            let (id, outcome) = (vcpu.id, Arc::clone(&self.outcome));
             let thread = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.id))
                 .stack_size(VCPU_STACK)
                 .spawn(move || outcome.report(vcpu.run()))
                 .map_err(system_error("start a vCPU thread"))?;
-            threads.running.push(thread);
+            threads.running.push((id, thread));
         }
         self.timing.mark(Phase::Started);
         drop(threads);
@@ -404,13 +420,24 @@ impl Machine {
         self.gate.open();
     }
 
+    /// Holds these vCPUs back, or does not any more.
+    pub(crate) fn hold_back(&self, vcpus: &[u8], hold: bool) {
+        vcpus.iter().for_each(|&vcpu| self.gate.hold_back(vcpu, hold));
+        if hold {
+            for (_, thread) in self.threads().running.iter().filter(|(id, _)| vcpus.contains(id)) {
+                // ESRCH: that thread has ended.
+                let _ = kick::kick(thread);
+            }
+        }
+    }
+
     fn threads(&self) -> MutexGuard<'_, Threads> {
         // Two lists, whole between any two statements.
         self.threads.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn kick(&self) {
-        for thread in &self.threads().running {
+        for (_, thread) in &self.threads().running {
             // ESRCH: that thread has ended, so it stands still.
             let _ = kick::kick(thread);
         }
@@ -421,7 +448,7 @@ impl Machine {
         self.gate.stop();
         self.kick();
         let threads = std::mem::take(&mut *self.threads());
-        for thread in threads.running {
+        for (_, thread) in threads.running {
             // A panicked vCPU thread has printed its message; there is nothing to add.
             let _ = thread.join();
         }

@@ -17,6 +17,7 @@ use vmm::fault::{FaultConfig, PrefaultChoice, WorkingSetError};
 use vmm::forecast::Link;
 use vmm::logfile::{self, Export, LogfileError};
 use vmm::memory::{Faults, MemoryConfig};
+use vmm::migrate::{self, Address, MAX_CONNECTIONS, MigrateConfig};
 use vmm::options;
 use vmm::run::{Outcome, RunConfig, run};
 use vmm::timing::{Phase, Timing};
@@ -39,6 +40,8 @@ enum Verb {
     Snapshot(SnapshotArgs),
     /// Go on from a snapshot
     Restore(Box<RestoreArgs>),
+    /// Move the machine of a running monitor to another one, while it runs
+    Migrate(MigrateArgs),
     /// Ask a running monitor about dirty memory
     Dirty(DirtyArgs),
     /// Read, apply and draw dirty logs
@@ -63,6 +66,40 @@ struct SnapshotArgs {
     /// The snapshot: a file, which is there when it is whole
     #[arg(value_name = "FILE")]
     output: std::path::PathBuf,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Exit codes:
+  0  the guest runs at the destination
+  1  it does not: it goes on where it was
+  2  the command line is wrong
+  5  it was given away, and the destination has not said that it runs: look there")]
+struct MigrateArgs {
+    /// Control socket of the monitor: what `vmm run --api-socket` was given
+    #[arg(long, value_name = "PATH")]
+    api_socket: std::path::PathBuf,
+    /// Where `vmm run --incoming` waits: unix:PATH, tcp:HOST:PORT, or exec:COMMAND, whose input and output carry it
+    #[arg(value_name = "DEST")]
+    to: Address,
+    /// How long the guest may stand still
+    #[arg(long, value_name = "TIME", default_value = "20ms", value_parser = options::duration)]
+    downtime: Duration,
+    /// Connections, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    connections: usize,
+    /// How contents are compressed: none, lz4 or zstd
+    #[arg(long, value_name = "HOW", default_value = "none")]
+    compress: Compression,
+    /// Hold those vCPUs back that write most, more and more, if the guest writes faster than can be sent
+    #[arg(long)]
+    auto_converge: bool,
+    /// Most bytes per second, as in 1250M [default: as fast as it goes]
+    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
+    bandwidth: Option<u64>,
+    /// JSON on standard output
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -204,6 +241,10 @@ struct RunArgs {
     /// An entropy device (virtio-rng) [default: on with --kernel, else off]
     #[arg(long, value_name = "SWITCH", value_enum)]
     rng: Option<OnOff>,
+    /// Wait for a machine that `vmm migrate` brings: unix:PATH, tcp:HOST:PORT or exec:COMMAND. It says how much memory it
+    /// has, and how many vCPUs; its disks are those given here
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["kernel", "initrd", "cmdline", "cpus", "rng"])]
+    incoming: Option<Address>,
     #[command(flatten)]
     watch: WatchArgs,
 }
@@ -378,6 +419,29 @@ fn log_verb(verb: LogVerb) -> Result<(), LogfileError> {
     }
 }
 
+fn migrate_verb(args: MigrateArgs) -> ExitCode {
+    let most = if matches!(args.to, Address::Exec(_)) { 1 } else { MAX_CONNECTIONS };
+    if !(1..=most).contains(&args.connections) {
+        eprintln!("vmm: {} connections to {}: there can be 1 to {most}", args.connections, args.to);
+        return ExitCode::from(2);
+    }
+    let config = MigrateConfig {
+        to: args.to,
+        downtime: args.downtime,
+        connections: args.connections,
+        compress: args.compress,
+        auto_converge: args.auto_converge,
+        postcopy: false,
+        bandwidth: args.bandwidth,
+    };
+    match migrate::client::migrate(&args.api_socket, &config, args.json) {
+        Ok(report) if report.phase == migrate::report::Phase::Completed => ExitCode::SUCCESS,
+        Ok(report) if report.phase == migrate::report::Phase::InDoubt => ExitCode::from(5),
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => said(Err(error)),
+    }
+}
+
 fn said(outcome: Result<(), impl std::fmt::Display>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -425,18 +489,20 @@ fn watched(args: WatchArgs, memory: MemoryConfig) -> Result<RunConfig, Refused> 
         timing: args.timing,
         api_socket: args.api_socket,
         restore: None,
+        incoming: None,
     })
 }
 
 fn run_config(args: RunArgs) -> Result<RunConfig, Refused> {
     let builtin = args.kernel.is_none();
-    let endless = args.watch.duration.is_none() && !builtin;
+    let endless = args.watch.duration.is_none() && (!builtin || args.incoming.is_some());
     let config = watched(args.watch, args.memory)?;
     Ok(RunConfig {
         kernel: args.kernel.map_or(Kernel::BuiltIn, Kernel::File),
         initrd: args.initrd,
         cmdline: args.cmdline.unwrap_or_else(|| default_cmdline(builtin, args.memory.size).to_owned()),
         cpus: args.cpus,
+        incoming: args.incoming,
         disks: args.disk,
         rng: args.rng.map_or(!builtin, |rng| rng == OnOff::On),
         duration: if endless { Duration::ZERO } else { config.duration },
@@ -485,6 +551,7 @@ fn main() -> ExitCode {
             run_verb(restore_config(*args), &timing)
         }
         Verb::Snapshot(args) => said(dirty::snapshot(&args.api_socket, &args.output, args.json)),
+        Verb::Migrate(args) => migrate_verb(args),
         Verb::Dirty(args) => said(dirty_verb(args)),
         Verb::Log(verb) => said(log_verb(verb)),
         Verb::Doctor { json } => vmm::doctor::run(json),

@@ -20,6 +20,10 @@ use crate::forecast::Link;
 use crate::live::{LiveError, Observer, Totals};
 use crate::machine::Machine;
 use crate::memory::Faults;
+use crate::migrate::drive::Drive;
+use crate::migrate::lane::Cancel;
+use crate::migrate::report::MigrationReport;
+use crate::migrate::{self, MigrateConfig, MigrateError};
 use crate::sampled::{Looker, Looks};
 use crate::show::Show;
 use crate::snapshot::{self, Shape, SnapshotError};
@@ -109,6 +113,10 @@ pub(crate) enum Command {
     EndDump(Reply<DumpStatus>),
     /// To write a snapshot.
     Snapshot(Box<dyn Sink>, Reply<SnapshotReport>),
+    /// To begin a migration.
+    Migrate(Box<MigrateConfig>, Cancel, Reply<()>),
+    /// To run the guest here after all, of which it is not known whether it was taken.
+    Reclaim(Reply<()>),
     /// To close the last epoch, and end.
     End,
 }
@@ -137,6 +145,12 @@ pub(crate) enum Refusal {
     Complete(#[source] io::Error),
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    #[error("the machine is being migrated: cancel that first")]
+    Migrating,
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
+    #[error("the guest is this side's: there is nothing to reclaim")]
+    NotInDoubt,
 }
 
 /// How a snapshot was made.
@@ -426,8 +440,72 @@ impl Watch {
                 let outcome = self.snapshot(sink);
                 let _ = reply.send(outcome);
             }
+            Command::Migrate(config, cancel, reply) => self.migrate(&config, &cancel, reply),
+            Command::Reclaim(reply) => {
+                let outcome = self.reclaim();
+                let _ = reply.send(outcome);
+            }
             Command::End => {}
         }
+        Ok(())
+    }
+
+    /// Has the machine go elsewhere, and answers when it is on its way.
+    fn migrate(&mut self, config: &MigrateConfig, cancel: &Cancel, reply: Reply<()>) {
+        let began = Instant::now();
+        if self.dump.is_some() {
+            let _ = reply.send(Err(Refusal::Dumping));
+            return;
+        }
+        let By::Tracker(observer) = &mut self.eye.by else {
+            let _ = reply.send(Err(Refusal::NotTracking));
+            return;
+        };
+        let Watch { board, show, observers, .. } = self;
+        let machine = &observers.machine;
+        let copying =
+            migrate::drive::begin(observer, self.eye.name, machine, &observers.shape, config, cancel);
+        let copying = match copying {
+            Ok(copying) => copying,
+            Err(error) => {
+                let _ = reply.send(Err(error.into()));
+                return;
+            }
+        };
+        let report = MigrationReport {
+            to: config.to.to_string(),
+            connections: config.connections,
+            ..MigrationReport::default()
+        };
+        board.post(|posted| posted.migration = Some(Arc::new(report.clone())));
+        let _ = reply.send(Ok(()));
+        let drive = Drive {
+            observer,
+            machine,
+            config,
+            cancel,
+            tell: &mut |report| board.post(|posted| posted.migration = Some(Arc::new(report.clone()))),
+            show: &mut |epoch| show.epoch(epoch),
+            report,
+            began,
+            brake: None,
+        };
+        let report = drive.run(copying);
+        show.migrated(&report);
+        if report.phase == migrate::report::Phase::Completed {
+            machine.gone();
+        }
+    }
+
+    fn reclaim(&mut self) -> Result<(), Refusal> {
+        let posted = self.board.posted();
+        let in_doubt = |report: &&Arc<MigrationReport>| report.phase == migrate::report::Phase::InDoubt;
+        let Some(report) = posted.migration.as_ref().filter(in_doubt) else {
+            return Err(Refusal::NotInDoubt);
+        };
+        let report = MigrationReport { phase: migrate::report::Phase::Failed, ..(**report).clone() };
+        self.board.post(|posted| posted.migration = Some(Arc::new(report)));
+        self.observers.machine.release();
         Ok(())
     }
 
@@ -559,6 +637,8 @@ fn refuse(command: Command) {
         Command::Track(_, _, reply) | Command::Dump(_, _, reply) => drop(reply.send(Err(Refusal::NotBegun))),
         Command::EndDump(reply) => drop(reply.send(Err(Refusal::NotDumping))),
         Command::Snapshot(_, reply) => drop(reply.send(Err(Refusal::NotBegun))),
+        Command::Migrate(_, _, reply) => drop(reply.send(Err(Refusal::NotBegun))),
+        Command::Reclaim(reply) => drop(reply.send(Err(Refusal::NotInDoubt))),
         Command::End => {}
     }
 }

@@ -6,6 +6,7 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,7 +27,10 @@ use crate::forecast::Link;
 use crate::host::KvmModule;
 use crate::live::{LiveError, Totals};
 use crate::machine::{From, Machine, MachineConfig, MachineError};
-use crate::memory::MemoryConfig;
+use crate::memory::{MemoryConfig, Ram};
+use crate::migrate::destination::Incoming;
+use crate::migrate::lane::Cancel;
+use crate::migrate::{Address, MigrateError};
 use crate::observe::{Observers, Observing, Plan};
 use crate::panel::{self, Subject};
 use crate::show::{Show, Start, Summary, To};
@@ -84,6 +88,8 @@ pub struct RunConfig {
     pub api_socket: Option<PathBuf>,
     /// Go on from this snapshot, which says what the machine is made of.
     pub restore: Option<PathBuf>,
+    /// Wait here for a machine that comes from elsewhere.
+    pub incoming: Option<Address>,
 }
 
 /// Why a run failed.
@@ -121,6 +127,9 @@ pub enum RunError {
     /// The snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// A machine that was to come.
+    #[error("no machine came: {0}")]
+    Migrate(#[from] MigrateError),
     /// The event loop.
     #[error("the event loop failed: {0}")]
     Loop(#[from] event_manager::Error),
@@ -150,9 +159,29 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
-    let from = config.restore.as_deref().map(|path| snapshot::read(path, config.memory)).transpose()?;
-    let shape = from.as_ref().map_or_else(|| config.shape(), |snapshot| snapshot.shape.clone());
+    let incoming = match &config.incoming {
+        Some(address) => {
+            if !config.quiet {
+                eprintln!("vmm: waiting for a machine at {address}");
+            }
+            match Incoming::wait(address, &signals)? {
+                Some(incoming) => Some(incoming),
+                None => return Ok(Outcome::Done),
+            }
+        }
+        None => None,
+    };
+    let restored = config.restore.as_deref().map(|path| snapshot::read(path, config.memory)).transpose()?;
+    let shape = match (&incoming, &restored) {
+        (Some(incoming), _) => incoming.shape(&config.disks)?,
+        (None, Some(snapshot)) => snapshot.shape.clone(),
+        (None, None) => config.shape(),
+    };
     config.memory.size = shape.memory;
+    let from = match (&incoming, restored) {
+        (Some(_), _) => Some(From { ram: Ram::new(config.memory).map_err(MachineError::from)?, state: None }),
+        (None, restored) => restored.map(|snapshot| From { ram: snapshot.ram, state: Some(snapshot.state) }),
+    };
     let builtin = shape.builtin;
     restore_on_panic();
     // A guest that does not listen to its console leaves Ctrl-C to the user.
@@ -173,9 +202,13 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         timing: timing.clone(),
         doorman: None,
         fault: config.fault.clone(),
-        from: from.map(|snapshot| Box::new(From { ram: snapshot.ram, state: snapshot.state })),
+        from: from.map(Box::new),
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
+    if let Some(incoming) = incoming {
+        // It runs when this returns.
+        incoming.receive(&machine, &signals)?;
+    }
     let observers = Observers {
         machine: Arc::clone(&machine),
         fault: config.memory.fault,
@@ -224,6 +257,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
 
     let (commands, orders) = mpsc::channel();
     let board = Board::default();
+    let (migration, told) = (Arc::<Mutex<Cancel>>::default(), Arc::<AtomicBool>::default());
     let api = match &config.api_socket {
         Some(path) => {
             let subject = api::Subject {
@@ -234,6 +268,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
                 began: Instant::now(),
                 paused: Mutex::new(false),
                 cut: Mutex::default(),
+                migration: Arc::clone(&migration),
+                told: Arc::clone(&told),
             };
             Some(api::Server::start(path, subject)?)
         }
@@ -258,6 +294,11 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         control_loop.run()?;
     }
 
+    // One that has been given away is not ours to cancel.
+    migration.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+    if machine.end() == Some(End::Migrated) && api.is_some() {
+        wait_until(FOR_A_CLIENT, || told.load(Ordering::Acquire));
+    }
     let mut observed = observing.finish(|| drop(api));
     if builtin && machine.end().is_none() {
         wait_for_results(&machine);
@@ -285,6 +326,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
             Some(End::PowerOff) => "power-off",
             Some(End::Crash(_)) => "crash",
             Some(End::Failed(_)) => "failed",
+            Some(End::Migrated) => "migrated",
             Some(End::Stopped) | None => "stopped",
         },
         guest_status,
@@ -350,10 +392,17 @@ fn timer(duration: Duration) -> Result<Option<TimerFd>, RunError> {
     Ok(Some(timer))
 }
 
+/// How long who asked for a migration has to ask how it ended.
+const FOR_A_CLIENT: Duration = Duration::from_secs(2);
+
 /// Gives the built-in guest a moment to end by itself and print its results.
 fn wait_for_results(machine: &Machine) {
-    let deadline = Instant::now() + Duration::from_secs(2);
-    while machine.end().is_none() && Instant::now() < deadline {
+    wait_until(Duration::from_secs(2), || machine.end().is_some());
+}
+
+fn wait_until(longest: Duration, mut there: impl FnMut() -> bool) {
+    let deadline = Instant::now() + longest;
+    while !there() && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(2));
     }
 }

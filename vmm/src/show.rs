@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::live::{Epoch, Totals};
 use crate::memory::{HostPages, MemoryConfig};
+use crate::migrate::report::MigrationReport;
 use crate::options::human_size;
 use crate::panel::{self, Picture, Subject};
 use crate::sampled::{Look, Looks};
@@ -141,6 +142,15 @@ impl Show {
             To::Json => print_json("note", serde_json::json!({ "text": text })),
             To::Terminal(_) | To::Lines => eprintln!("vmm: note: {text}"),
             To::Nobody => {}
+        }
+    }
+
+    /// A migration is over.
+    pub(crate) fn migrated(&self, report: &MigrationReport) {
+        if let To::Json = self.to {
+            print_json("migration", report);
+        } else {
+            self.note(&report.to_string());
         }
     }
 

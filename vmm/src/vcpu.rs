@@ -30,6 +30,8 @@ pub enum End {
     PowerOff,
     /// The monitor stopped it.
     Stopped,
+    /// It goes on elsewhere.
+    Migrated,
     /// KVM cannot run it any further.
     Crash(Box<Crash>),
     /// The monitor could not keep it going, for this reason.
@@ -118,7 +120,7 @@ impl Vcpu {
             doorman: self.doorman.clone(),
         };
         loop {
-            if !self.gate.is_open() {
+            if !self.gate.is_open_to(self.id) {
                 // Let KVM complete the access that the last exit was about: only then are the registers
                 // those of an instruction boundary.
                 kicks.set_immediate_exit(true);
@@ -134,7 +136,7 @@ impl Vcpu {
                 }
             }
             kicks.set_immediate_exit(false);
-            if !self.gate.is_open() {
+            if !self.gate.is_open_to(self.id) {
                 // The order came between the check and the reset of the flag, and its kick with it.
                 continue;
             }

@@ -259,7 +259,7 @@ fn records_are_in_their_place_or_refused() {
 fn begun(in_epoch: bool) -> Vec<u8> {
     let mut log = LogWriter::new(Vec::new(), header(), Compression::None).unwrap();
     log.epoch(0, 0).unwrap();
-    let bytes = log.finish_as_it_is();
+    let bytes = log.into_out();
     let at = records(&bytes);
     bytes[..at[1 + usize::from(in_epoch)]].to_vec()
 }

@@ -139,9 +139,8 @@ impl<W: Write> LogWriter<W> {
         Ok(self.out.flush()?)
     }
 
-    /// What was written so far, finished or not.
-    #[cfg(test)]
-    pub(super) fn finish_as_it_is(self) -> W {
+    /// Gives the output back. Unless it is [finished](LogWriter::finish) the log is cut off.
+    pub fn into_out(self) -> W {
         self.out
     }
 
@@ -253,6 +252,11 @@ impl<W: Write> LogWriter<W> {
 impl<W: Write> EpochWriter<'_, W> {
     fn so_far(&mut self) -> &mut EpochEnd {
         self.0.open.get_or_insert_default()
+    }
+
+    /// Where the log goes.
+    pub fn out(&self) -> &W {
+        &self.0.out
     }
 
     /// Reports pages as written. In an epoch, all of them come in ascending order and once.

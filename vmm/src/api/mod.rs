@@ -15,6 +15,7 @@ mod stream;
 
 pub use server::{ApiError, Server};
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
@@ -24,6 +25,7 @@ pub(crate) use stream::Cut;
 
 use crate::board::Reader;
 use crate::machine::Machine;
+use crate::migrate::lane::Cancel;
 use crate::observe::Command;
 
 /// What the server serves.
@@ -38,6 +40,10 @@ pub(crate) struct Subject {
     pub(crate) paused: Mutex<bool>,
     /// Of the newest dump that is a response.
     pub(crate) cut: Mutex<Cut>,
+    /// Ends the newest migration.
+    pub(crate) migration: Arc<Mutex<Cancel>>,
+    /// Whether a client has been told how a migration ended.
+    pub(crate) told: Arc<AtomicBool>,
 }
 
 /// The description of what is served: OpenAPI 3.1.

@@ -1,6 +1,7 @@
 //! What can be asked for, and how it is answered.
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +25,9 @@ use super::{Cut, OPENAPI, Subject, metrics};
 use crate::board::DumpStatus;
 use crate::dump::{CREATOR, DumpConfig, DumpError};
 use crate::live::{Epoch, Totals};
+use crate::migrate::lane::Cancel;
+use crate::migrate::report::Phase;
+use crate::migrate::{Address, MAX_CONNECTIONS, MigrateConfig};
 use crate::observe::{Command, Refusal, Reply, Sink, SnapshotReport};
 use crate::options::{self, LONGEST_EPOCH};
 use crate::sampled::{Look, Looks};
@@ -49,6 +53,7 @@ pub(super) fn routes(subject: Arc<Subject>) -> Router {
         .route("/vm/shutdown", put(shutdown))
         .route("/vm/console", put(console))
         .route("/vm/snapshot", put(snapshot))
+        .route("/vm/migrate", get(migration).put(migrate).delete(cancel_migration))
         .route("/dirty", get(dirty))
         .route("/dirty/ranges", get(ranges))
         .route("/dirty/tracker", put(track).delete(untrack))
@@ -127,10 +132,15 @@ async fn set_paused(subject: Arc<Subject>, pause: bool) -> Answer<StatusCode> {
 }
 
 async fn pause(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    not_while_migrating(&subject)?;
     set_paused(subject, true).await
 }
 
 async fn resume(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    let phase = subject.board.borrow().migration.as_ref().map(|report| report.phase);
+    if phase == Some(Phase::InDoubt) {
+        command(&subject, Command::Reclaim).await?;
+    }
     set_paused(subject, false).await
 }
 
@@ -279,8 +289,99 @@ fn auto() -> String {
     "auto".into()
 }
 
-/// Commands that a dump is in the way of are not even sent: the observer may be waiting for who reads it.
+/// A migration that is asked for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MigrateRequest {
+    pub(crate) to: String,
+    #[serde(default = "downtime_ms")]
+    pub(crate) downtime_ms: u64,
+    #[serde(default = "one")]
+    pub(crate) connections: usize,
+    #[serde(default)]
+    pub(crate) compress: Compression,
+    #[serde(default)]
+    pub(crate) auto_converge: bool,
+    #[serde(default)]
+    pub(crate) postcopy: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes_per_s: Option<u64>,
+}
+
+fn downtime_ms() -> u64 {
+    20
+}
+
+fn one() -> usize {
+    1
+}
+
+impl MigrateRequest {
+    fn config(&self) -> Result<MigrateConfig, String> {
+        let to: Address = self.to.parse()?;
+        let most = if matches!(to, Address::Exec(_)) { 1 } else { MAX_CONNECTIONS };
+        if !(1..=most).contains(&self.connections) {
+            return Err(format!("{} connections to {to}: there can be 1 to {most}", self.connections));
+        }
+        if self.downtime_ms == 0 || self.bytes_per_s == Some(0) {
+            return Err("a guest cannot move in no time, or over no link".into());
+        }
+        Ok(MigrateConfig {
+            to,
+            downtime: Duration::from_millis(self.downtime_ms),
+            connections: self.connections,
+            compress: self.compress,
+            auto_converge: self.auto_converge,
+            postcopy: self.postcopy,
+            bandwidth: self.bytes_per_s,
+        })
+    }
+}
+
+async fn migrate(
+    State(subject): State<Arc<Subject>>,
+    Body(request): Body<MigrateRequest>,
+) -> Answer<StatusCode> {
+    let config = request.config().map_err(Failure::bad)?;
+    not_while_dumping(&subject)?;
+    if *subject.paused.lock().unwrap_or_else(PoisonError::into_inner) {
+        return Err(Failure(StatusCode::CONFLICT, "the machine is paused: resume it first".into()));
+    }
+    let cancel = Cancel::default();
+    subject.migration.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&cancel);
+    command(&subject, |reply| Command::Migrate(Box::new(config), cancel, reply)).await?;
+    Ok(StatusCode::ACCEPTED)
+}
+
+async fn migration(State(subject): State<Arc<Subject>>) -> Answer<Response> {
+    let posted = Arc::clone(&subject.board.borrow());
+    let none = || Failure(StatusCode::NOT_FOUND, "there has been no migration".into());
+    let report = posted.migration.as_ref().ok_or_else(none)?;
+    if report.phase.is_over() {
+        subject.told.store(true, Ordering::Release);
+    }
+    Ok(Json(&**report).into_response())
+}
+
+async fn cancel_migration(State(subject): State<Arc<Subject>>) -> Answer<StatusCode> {
+    let phase = subject.board.borrow().migration.as_ref().map(|report| report.phase);
+    if phase.is_none_or(Phase::is_over) {
+        return Err(Failure(StatusCode::CONFLICT, "no migration is under way".into()));
+    }
+    match subject.migration.lock().unwrap_or_else(PoisonError::into_inner).cancel() {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(Failure(StatusCode::CONFLICT, "it is too late: the guest has been given away".into())),
+    }
+}
+
+fn not_while_migrating(subject: &Subject) -> Answer<()> {
+    let running = subject.board.borrow().migration.as_ref().is_some_and(|report| !report.phase.is_over());
+    if running { Err(Refusal::Migrating.into()) } else { Ok(()) }
+}
+
+/// Commands that a dump or a migration is in the way of are not even sent: the observer may be waiting for who reads it.
 fn not_while_dumping(subject: &Subject) -> Answer<()> {
+    not_while_migrating(subject)?;
     let running = subject.board.borrow().dump.as_ref().is_some_and(|dump| dump.running);
     if running { Err(Refusal::Dumping.into()) } else { Ok(()) }
 }

@@ -5,6 +5,7 @@
 //! itself, and devices check what they are given.
 
 pub mod device;
+pub mod parts;
 pub mod vcpu;
 pub mod vm;
 

@@ -1,0 +1,197 @@
+//! The way of a migration at the source, from the first round to the last note, by who observes the machine: it has the
+//! tracker.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use dirty_track::addr::PageRange;
+
+use super::lane::Cancel;
+use super::report::{MigrationReport, Phase};
+use super::rounds::{Next, Rounds};
+use super::source::{Copying, Sent};
+use super::{MigrateConfig, MigrateError};
+use crate::brake::Brake;
+use crate::dump;
+use crate::live::{Epoch, Observer};
+use crate::machine::Machine;
+use crate::snapshot::Shape;
+
+/// A migration under way.
+pub(crate) struct Drive<'a> {
+    pub(crate) observer: &'a mut Observer,
+    pub(crate) machine: &'a Arc<Machine>,
+    pub(crate) config: &'a MigrateConfig,
+    pub(crate) cancel: &'a Cancel,
+    /// Told of each step.
+    pub(crate) tell: &'a mut dyn FnMut(&MigrationReport),
+    /// Shown each epoch.
+    pub(crate) show: &'a mut dyn FnMut(&Epoch),
+    pub(crate) report: MigrationReport,
+    pub(crate) began: Instant,
+    /// Holds the guest back if need be.
+    pub(crate) brake: Option<Brake>,
+}
+
+/// Begins one: the destination has been asked, and waits for memory.
+pub(crate) fn begin(
+    observer: &Observer,
+    tracker: &'static str,
+    machine: &Machine,
+    shape: &Shape,
+    config: &MigrateConfig,
+    cancel: &Cancel,
+) -> Result<Copying, MigrateError> {
+    Copying::begin(config, shape, machine.ram(), (tracker, observer.guarantees()), cancel)
+}
+
+impl Drive<'_> {
+    /// Sees it through. Unless it says that it is completed, or in doubt, the guest runs on.
+    pub(crate) fn run(mut self, copying: Copying) -> MigrationReport {
+        let outcome = self.precopy(copying);
+        self.brake = None;
+        let report = &mut self.report;
+        match outcome {
+            Ok(()) => {}
+            Err(MigrateError::Cancelled) => report.phase = Phase::Cancelled,
+            Err(error) => {
+                report.phase = if self.cancel.is_cancelled() { Phase::Cancelled } else { Phase::Failed };
+                report.error = Some(error.to_string());
+            }
+        }
+        report.seconds = self.began.elapsed().as_secs_f64();
+        (self.tell)(report);
+        self.report
+    }
+
+    /// Closes an epoch, and returns what was written in it, and how much by each vCPU if that is known.
+    fn owed(&mut self) -> Result<(Vec<PageRange>, Vec<u64>), MigrateError> {
+        let mut runs = Vec::new();
+        let epoch = self.observer.close_epoch_with(false, |harvest, _| runs.extend(harvest.runs()));
+        let epoch = epoch.map_err(|error| MigrateError::Machine(error.to_string()))?;
+        (self.show)(&epoch);
+        Ok((runs, epoch.vcpu_pages))
+    }
+
+    fn sent(&mut self, sent: &Sent) {
+        self.report.pages += sent.pages;
+        self.report.zero += sent.zero;
+        self.report.bytes += sent.bytes;
+        self.report.seconds = self.began.elapsed().as_secs_f64();
+    }
+
+    fn precopy(&mut self, mut copying: Copying) -> Result<(), MigrateError> {
+        self.report.phase = Phase::Precopy;
+        let ram = Arc::clone(self.machine.ram());
+        let mut rounds = Rounds::default();
+        // What is written from here on is owed after the first round.
+        self.owed()?;
+        let mut runs: Vec<PageRange> = dump::slots(&ram).iter().map(|slot| slot.frames()).collect();
+        loop {
+            self.report.owed = pages(&runs);
+            (self.tell)(&self.report);
+            let sent = copying.send(&ram, &runs)?;
+            self.sent(&sent);
+            let written_by;
+            (runs, written_by) = self.owed()?;
+            let owed = pages(&runs);
+            self.report.rounds.push(sent.round(owed));
+            let next = rounds.next(sent.bytes, sent.seconds, owed, &self.config.limits());
+            self.report.bytes_per_s = rounds.rate();
+            self.report.downtime_ms = rounds.downtime(owed).map(|seconds| seconds * 1e3);
+            match next {
+                Next::Again => {}
+                Next::Slow(percent) => {
+                    self.report.slowed_percent = percent;
+                    self.brake = None;
+                    let vcpus = writers(&written_by, self.machine.cpus());
+                    let brake = Brake::start(self.machine, vcpus, percent).map_err(MigrateError::System)?;
+                    self.brake = Some(brake);
+                }
+                Next::Stop | Next::Postcopy => return self.stop(copying, &runs),
+                Next::GiveUp => return Err(MigrateError::Diverges),
+            }
+        }
+    }
+
+    /// The guest stands still, `owed` and what it wrote since is sent, and it is given away.
+    fn stop(&mut self, copying: Copying, owed: &[PageRange]) -> Result<(), MigrateError> {
+        self.report.phase = Phase::Still;
+        (self.tell)(&self.report);
+        let machine = Arc::clone(self.machine);
+        let ram = machine.ram();
+        let stopped = Instant::now();
+        // What devices wrote is in the last epoch, and they write nothing after it.
+        let devices = machine.platform().pause();
+        let mut outcome = Err(MigrateError::Cancelled);
+        let (mut last, cancel) = (Sent::default(), self.cancel);
+        let closed = self.observer.close_epoch_with(true, |harvest, _| {
+            let runs: Vec<PageRange> = harvest.runs().collect();
+            let give_away = || {
+                let mut still = copying.stand_still();
+                for runs in [owed, &runs] {
+                    last.add(&still.send(ram, runs)?);
+                }
+                let (state, _devices_rest) =
+                    machine.pause().state().map_err(|error| MigrateError::Machine(error.to_string()))?;
+                let complete = still.send_state(&state)?;
+                if !cancel.too_late() {
+                    return Err(MigrateError::Cancelled);
+                }
+                // It stays so, whatever happens now.
+                machine.hold();
+                let (given, said) = complete.give_away();
+                Ok(said.and_then(|()| given.wait()))
+            };
+            outcome = give_away();
+        });
+        let still_ms = stopped.elapsed().as_secs_f64() * 1e3;
+        drop(devices);
+        self.sent(&last);
+        self.report.last = Some(last.round(0));
+        let said = outcome?;
+        self.report.still_ms = Some(still_ms);
+        self.report.owed = 0;
+        match said {
+            Ok(bytes) => {
+                self.report.bytes = bytes;
+                self.report.phase = Phase::Completed;
+            }
+            Err(error) => {
+                self.report.phase = Phase::InDoubt;
+                self.report.error = Some(format!(
+                    "{error}, after the guest was given away: it may be running there. If it is not, \
+                     resuming it here is safe"
+                ));
+            }
+        }
+        if let Ok(epoch) = closed {
+            (self.show)(&epoch);
+        }
+        Ok(())
+    }
+}
+
+/// The vCPUs that write most: those with at least half of what the busiest has; all, if nobody knows.
+fn writers(written_by: &[u64], cpus: usize) -> Vec<u8> {
+    let most = written_by.iter().max().copied().unwrap_or(0);
+    let busy =
+        |vcpu: &u8| most == 0 || written_by.get(usize::from(*vcpu)).is_none_or(|pages| pages * 2 >= most);
+    (0..cpus as u8).filter(busy).collect()
+}
+
+fn pages(runs: &[PageRange]) -> u64 {
+    runs.iter().map(|run| run.pages).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_who_write_most_are_held_back() {
+        assert_eq!(writers(&[10, 100, 50, 49], 4), [1, 2]);
+        assert_eq!(writers(&[], 2), [0, 1]);
+        assert_eq!(writers(&[0, 0], 2), [0, 1]);
+    }
+}

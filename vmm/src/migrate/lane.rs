@@ -1,0 +1,321 @@
+//! One connection of a migration: bytes both ways, whatever carries them.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, WriteVolatile};
+
+use super::Address;
+use crate::memory::GuestRam;
+
+/// How long the other side may neither take nor give anything before it counts as gone.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A connection. Reads and writes that get nowhere for a while fail.
+#[derive(Debug)]
+pub(super) struct Lane {
+    carrier: Carrier,
+    sent: u64,
+}
+
+#[derive(Debug)]
+enum Carrier {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+    Exec(Box<Exec>),
+}
+
+/// A command whose input and output carry it.
+#[derive(Debug)]
+struct Exec {
+    child: Child,
+    to: ChildStdin,
+    from: ChildStdout,
+}
+
+impl Drop for Exec {
+    fn drop(&mut self) {
+        // It has ended, or is of no use any more.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Lane {
+    /// Connects to `address`.
+    pub(super) fn connect(address: &Address) -> io::Result<Lane> {
+        match address {
+            Address::Unix(path) => Lane::unix(UnixStream::connect(path)?),
+            Address::Tcp(address) => {
+                let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+                for address in address.to_socket_addrs()? {
+                    match TcpStream::connect_timeout(&address, PATIENCE) {
+                        Ok(stream) => return Lane::tcp(stream),
+                        Err(error) => failed = error,
+                    }
+                }
+                Err(failed)
+            }
+            Address::Exec(command) => Lane::exec(command),
+        }
+    }
+
+    fn over(carrier: Carrier) -> Lane {
+        Lane { carrier, sent: 0 }
+    }
+
+    /// Bytes that were sent.
+    pub(super) fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    fn unix(stream: UnixStream) -> io::Result<Lane> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Lane::over(Carrier::Unix(stream)))
+    }
+
+    fn tcp(stream: TcpStream) -> io::Result<Lane> {
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Lane::over(Carrier::Tcp(stream)))
+    }
+
+    fn exec(command: &str) -> io::Result<Lane> {
+        let mut child =
+            Command::new("sh").args(["-c", command]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(to), Some(from)) => Ok(Lane::over(Carrier::Exec(Box::new(Exec { child, to, from })))),
+            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
+    /// How long reading may take without a byte; `None`: for ever.
+    pub(super) fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
+        match &self.carrier {
+            Carrier::Unix(stream) => stream.set_read_timeout(patience),
+            Carrier::Tcp(stream) => stream.set_read_timeout(patience),
+            Carrier::Exec(_) => Ok(()),
+        }
+    }
+
+    /// Sends `bytes` of guest memory from `from` on, all in one memslot. No copy is made where the connection takes memory as it is.
+    pub(super) fn send(&mut self, ram: &GuestRam, from: GuestAddress, bytes: usize) -> io::Result<()> {
+        let memory = ram.get_slice(from, bytes).map_err(io::Error::other)?;
+        match &mut self.carrier {
+            Carrier::Unix(stream) => stream.write_all_volatile(&memory).map_err(volatile)?,
+            Carrier::Tcp(stream) => stream.write_all_volatile(&memory).map_err(volatile)?,
+            Carrier::Exec(exec) => {
+                let mut copy = vec![0; bytes];
+                memory.copy_to(&mut copy);
+                exec.to.write_all(&copy)?;
+            }
+        }
+        self.sent += bytes as u64;
+        Ok(())
+    }
+
+    /// Receives `bytes` of guest memory to `to` and on, all in one memslot.
+    pub(super) fn receive(&mut self, ram: &GuestRam, to: GuestAddress, bytes: usize) -> io::Result<()> {
+        let mut memory = ram.get_slice(to, bytes).map_err(io::Error::other)?;
+        match &mut self.carrier {
+            Carrier::Unix(stream) => stream.read_exact_volatile(&mut memory).map_err(volatile),
+            Carrier::Tcp(stream) => stream.read_exact_volatile(&mut memory).map_err(volatile),
+            Carrier::Exec(exec) => {
+                let mut copy = vec![0; bytes];
+                exec.from.read_exact(&mut copy)?;
+                memory.copy_from(&copy);
+                Ok(())
+            }
+        }
+    }
+
+    /// What breaks it off from another thread.
+    pub(super) fn breaker(&self) -> io::Result<Breaker> {
+        Ok(match &self.carrier {
+            Carrier::Unix(stream) => Breaker::Unix(stream.try_clone()?),
+            Carrier::Tcp(stream) => Breaker::Tcp(stream.try_clone()?),
+            Carrier::Exec(exec) => Breaker::Process(exec.child.id()),
+        })
+    }
+}
+
+fn volatile(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        error => io::Error::other(error),
+    }
+}
+
+impl Read for Lane {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        match &mut self.carrier {
+            Carrier::Unix(stream) => stream.read(to),
+            Carrier::Tcp(stream) => stream.read(to),
+            Carrier::Exec(exec) => exec.from.read(to),
+        }
+    }
+}
+
+impl Write for Lane {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        let sent = match &mut self.carrier {
+            Carrier::Unix(stream) => stream.write(from),
+            Carrier::Tcp(stream) => stream.write(from),
+            Carrier::Exec(exec) => exec.to.write(from),
+        }?;
+        self.sent += sent as u64;
+        Ok(sent)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.carrier {
+            Carrier::Unix(stream) => stream.flush(),
+            Carrier::Tcp(stream) => stream.flush(),
+            Carrier::Exec(exec) => exec.to.flush(),
+        }
+    }
+}
+
+/// Breaks a lane off: whoever reads or writes there fails.
+#[derive(Debug)]
+pub(super) enum Breaker {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+    Process(u32),
+}
+
+impl Breaker {
+    fn cut(&self) {
+        // One that is gone needs no breaking.
+        match self {
+            Breaker::Unix(stream) => drop(stream.shutdown(Shutdown::Both)),
+            Breaker::Tcp(stream) => drop(stream.shutdown(Shutdown::Both)),
+            Breaker::Process(pid) => crate::sys::signals::terminate(*pid),
+        }
+    }
+}
+
+/// Breaks all lanes of a migration off, those to come as well, until it is too late for that.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cancel(Arc<Mutex<Cancelling>>);
+
+#[derive(Debug, Default)]
+struct Cancelling {
+    cancelled: bool,
+    too_late: bool,
+    breakers: Vec<Breaker>,
+}
+
+impl Cancel {
+    fn lock(&self) -> MutexGuard<'_, Cancelling> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on everything about this migration fails. False: it is too late.
+    pub(crate) fn cancel(&self) -> bool {
+        let mut inner = self.lock();
+        if !inner.too_late {
+            inner.cancelled = true;
+            inner.breakers.iter().for_each(Breaker::cut);
+        }
+        inner.cancelled
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.lock().cancelled
+    }
+
+    /// From now on it cannot be cancelled. False: it was.
+    pub(super) fn too_late(&self) -> bool {
+        let mut inner = self.lock();
+        inner.too_late = true;
+        !inner.cancelled
+    }
+
+    /// Breaks `lane` off as well, when it comes to that.
+    pub(super) fn watch(&self, lane: &Lane) -> io::Result<()> {
+        let breaker = lane.breaker()?;
+        let mut inner = self.lock();
+        if inner.cancelled {
+            breaker.cut();
+        }
+        inner.breakers.push(breaker);
+        Ok(())
+    }
+}
+
+/// Where a destination waits.
+#[derive(Debug)]
+pub(super) enum Listener {
+    Unix(UnixListener, PathBuf),
+    Tcp(TcpListener),
+    /// It has one connection, and that is there from the beginning.
+    Exec(String),
+}
+
+impl Listener {
+    pub(super) fn bind(address: &Address) -> io::Result<Listener> {
+        Ok(match address {
+            Address::Unix(path) => {
+                remove_stale(path)?;
+                let listener = UnixListener::bind(path)?;
+                // Who may connect may give this process a machine to run.
+                fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+                Listener::Unix(listener, path.clone())
+            }
+            Address::Tcp(address) => Listener::Tcp(TcpListener::bind(address)?),
+            Address::Exec(command) => Listener::Exec(command.clone()),
+        })
+    }
+
+    /// Waits for the next connection.
+    pub(super) fn accept(&self) -> io::Result<Lane> {
+        match self {
+            Listener::Unix(listener, _) => Lane::unix(listener.accept()?.0),
+            Listener::Tcp(listener) => Lane::tcp(listener.accept()?.0),
+            Listener::Exec(command) => Lane::exec(command),
+        }
+    }
+
+    /// What becomes readable with a connection; `None` where it is there already.
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Listener::Unix(listener, _) => Some(listener.as_fd()),
+            Listener::Tcp(listener) => Some(listener.as_fd()),
+            Listener::Exec(_) => None,
+        }
+    }
+
+    pub(super) fn raw_fd(&self) -> Option<RawFd> {
+        self.fd().map(|fd| fd.as_raw_fd())
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, path) = self {
+            // Somebody may have removed it already.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// A socket at which nobody listens was left behind by a process that was killed.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
+    if metadata.file_type().is_socket() && UnixStream::connect(path).is_err() {
+        return fs::remove_file(path);
+    }
+    // Binding says that it is in use.
+    Ok(())
+}

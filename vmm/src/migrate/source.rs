@@ -1,0 +1,359 @@
+//! The source: its machine goes away, if all goes well.
+//!
+//! A migration is a value that changes its type with each step: [`Copying`], [`Still`], and then it is over. What can
+//! be done in a step is what its type has, and who has given the machine away has nothing left to run it with.
+
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use dirty_track::addr::{Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
+use dirty_track::log::{
+    CHUNK_PAGES, Compression, EpochWriter, Header, LogWriter, Span, StreamId, WriteError,
+};
+use dirty_track::tracker::Guarantees;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::lane::{Cancel, Lane};
+use super::note::{Hello, Note, NoteError, VERSION};
+use super::report::Round;
+use super::rounds::Limits;
+use super::{Address, MigrateError};
+use crate::dump::{self, CREATOR};
+use crate::memory::Ram;
+use crate::snapshot::Shape;
+use crate::state::{MachineState, parts};
+
+/// How to migrate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MigrateConfig {
+    /// Where to.
+    pub to: Address,
+    /// How long the guest may stand still.
+    pub downtime: Duration,
+    /// Connections.
+    pub connections: usize,
+    /// How the contents of pages are compressed.
+    pub compress: Compression,
+    /// Hold back vCPUs that write faster than can be sent.
+    pub auto_converge: bool,
+    /// Switch to postcopy if they do.
+    pub postcopy: bool,
+    /// Most bytes per second, if there is a limit.
+    pub bandwidth: Option<u64>,
+}
+
+/// How long who has broken off may take to say why.
+const FOR_A_REASON: Duration = Duration::from_millis(500);
+
+/// Most connections.
+pub const MAX_CONNECTIONS: usize = 64;
+
+impl MigrateConfig {
+    pub(super) fn limits(&self) -> Limits {
+        Limits { downtime: self.downtime, auto_converge: self.auto_converge, postcopy: self.postcopy }
+    }
+}
+
+/// What is on the way, and how fast it may be.
+#[derive(Debug)]
+struct Pace {
+    cancel: Cancel,
+    /// Bytes per second of one connection.
+    limit: Option<f64>,
+}
+
+impl Pace {
+    /// Waits until `bytes`, sent since `began`, are not too many.
+    fn keep(&self, began: Instant, bytes: u64) -> io::Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        if let Some(limit) = self.limit {
+            let due = Duration::from_secs_f64(bytes as f64 / limit);
+            thread::sleep(due.saturating_sub(began.elapsed()));
+        }
+        Ok(())
+    }
+}
+
+/// What was sent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sent {
+    pub(crate) pages: u64,
+    pub(crate) zero: u64,
+    pub(crate) bytes: u64,
+    pub(crate) seconds: f64,
+}
+
+impl Sent {
+    pub(crate) fn add(&mut self, other: &Sent) {
+        self.pages += other.pages;
+        self.zero += other.zero;
+        self.bytes += other.bytes;
+        self.seconds += other.seconds;
+    }
+
+    pub(crate) fn round(&self, dirty: u64) -> Round {
+        Round { seconds: self.seconds, pages: self.pages, zero: self.zero, dirty }
+    }
+}
+
+/// Memory is copied; the guest runs, or stands still by somebody else's doing.
+#[derive(Debug)]
+pub(crate) struct Copying {
+    lanes: Vec<LogWriter<Lane>>,
+    pace: Pace,
+    compress: bool,
+    began: Instant,
+}
+
+/// What is told of the tracker in the log's header.
+pub(crate) type Tracker = (&'static str, Guarantees);
+
+impl Copying {
+    /// Connects, and is made welcome.
+    pub(crate) fn begin(
+        config: &MigrateConfig,
+        shape: &Shape,
+        ram: &Ram,
+        (tracker, guarantees): Tracker,
+        cancel: &Cancel,
+    ) -> Result<Copying, MigrateError> {
+        let id = dump::stream_id().map_err(|error| MigrateError::System(io::Error::other(error)))?;
+        let mut lanes = Vec::with_capacity(config.connections);
+        for lane in 0..config.connections {
+            let connected = Lane::connect(&config.to)
+                .and_then(|connection| cancel.watch(&connection).map(|()| connection));
+            let mut connection =
+                connected.map_err(|source| MigrateError::Connect { to: config.to.to_string(), source })?;
+            let hello = Hello {
+                version: VERSION,
+                id,
+                lane,
+                lanes: config.connections,
+                shape: shape.clone(),
+                postcopy: config.postcopy,
+            };
+            Note::Hello(Box::new(hello)).write(&mut connection)?;
+            lanes.push(connection);
+        }
+        let mut logs = Vec::with_capacity(lanes.len());
+        for mut lane in lanes {
+            // The destination makes a machine meanwhile.
+            Note::expect(&mut lane, &Note::Welcome, "a welcome")?;
+            logs.push(LogWriter::new(lane, header(id, ram, tracker, guarantees), config.compress)?);
+        }
+        let limit = config.bandwidth.map(|bytes| bytes as f64 / config.connections as f64);
+        let pace = Pace { cancel: cancel.clone(), limit };
+        Ok(Copying {
+            lanes: logs,
+            pace,
+            compress: config.compress != Compression::None,
+            began: Instant::now(),
+        })
+    }
+
+    /// Sends the contents of `ranges`, as they are now.
+    pub(crate) fn send(&mut self, ram: &Ram, ranges: &[PageRange]) -> Result<Sent, MigrateError> {
+        let began = Instant::now();
+        let at_ns = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let before: u64 = self.lanes.iter().map(|log| log.out().sent()).sum();
+        let (count, compress, pace) = (self.lanes.len() as u64, self.compress, &self.pace);
+        let send = |lane: u64, log: &mut LogWriter<Lane>| -> Result<(u64, u64), WriteError> {
+            let first = log.out().sent();
+            let mut epoch = log.epoch(at_ns, 0)?;
+            for range in ranges.iter().flat_map(|range| blocks(*range)) {
+                // A page always takes the same way, so what is sent later arrives later.
+                if range.start.block() % count == lane {
+                    epoch.ranges([Span { range, flags: 0 }])?;
+                    contents(&mut epoch, range, ram, compress)?;
+                    pace.keep(began, epoch.out().sent() - first)?;
+                }
+            }
+            let end = epoch.finish()?;
+            log.flush()?;
+            Ok((end.pages, end.zero))
+        };
+        let sent: Result<Vec<(u64, u64)>, WriteError> = match &mut self.lanes[..] {
+            [log] => send(0, log).map(|sent| vec![sent]),
+            logs => thread::scope(|scope| {
+                let threads: Vec<_> = logs
+                    .iter_mut()
+                    .enumerate()
+                    .map(|(lane, log)| {
+                        let send = &send;
+                        scope.spawn(move || send(lane as u64, log))
+                    })
+                    .collect();
+                threads
+                    .into_iter()
+                    .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                    .collect()
+            }),
+        };
+        let sent = sent.map_err(|error| self.why(error))?;
+        let bytes: u64 = self.lanes.iter().map(|log| log.out().sent()).sum();
+        Ok(Sent {
+            pages: sent.iter().map(|sent| sent.0).sum(),
+            zero: sent.iter().map(|sent| sent.1).sum(),
+            bytes: bytes - before,
+            seconds: began.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The guest stands still from now on, until this is over.
+    pub(crate) fn stand_still(self) -> Still {
+        Still(self)
+    }
+
+    /// A destination that breaks off may have said why; and whoever cancelled knows.
+    fn why(&mut self, error: WriteError) -> MigrateError {
+        if self.pace.cancel.is_cancelled() {
+            return MigrateError::Cancelled;
+        }
+        let WriteError::Io(_) = &error else { return error.into() };
+        let mut lane = self.lanes.swap_remove(0).into_out();
+        let said = lane.set_patience(Some(FOR_A_REASON)).map_err(NoteError::from);
+        match said.and_then(|()| Note::read(&mut lane)) {
+            Ok(Note::Refused { why }) => NoteError::Refused(why).into(),
+            _ => error.into(),
+        }
+    }
+}
+
+/// The guest stands still, and is this side's.
+#[derive(Debug)]
+pub(crate) struct Still(Copying);
+
+impl Still {
+    /// Sends the contents of `ranges`, which do not change any more.
+    pub(crate) fn send(&mut self, ram: &Ram, ranges: &[PageRange]) -> Result<Sent, MigrateError> {
+        self.0.send(ram, ranges)
+    }
+
+    /// Sends the state, and waits until the destination has all it needs. The guest is still this side's.
+    pub(crate) fn send_state(mut self, state: &MachineState) -> Result<Complete, MigrateError> {
+        parts::write(&mut self.0.lanes[0], state)?;
+        let mut lanes = Vec::with_capacity(self.0.lanes.len());
+        for log in self.0.lanes.drain(..) {
+            lanes.push(log.finish()?.0);
+        }
+        let ready = Note::expect(&mut lanes[0], &Note::Ready, "word that it is ready");
+        match ready {
+            Ok(()) => Ok(Complete { lanes }),
+            Err(_) if self.0.pace.cancel.is_cancelled() => Err(MigrateError::Cancelled),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// The destination has everything, and the guest is this side's still.
+#[derive(Debug)]
+pub(crate) struct Complete {
+    lanes: Vec<Lane>,
+}
+
+/// The guest is the destination's, for all this side knows.
+#[derive(Debug)]
+pub(crate) struct GivenAway {
+    lanes: Vec<Lane>,
+}
+
+impl Complete {
+    /// Gives the guest away. From here on it must not run on this side, unless somebody knows that it does not run on the
+    /// other: whatever fails now, the destination may have heard.
+    pub(crate) fn give_away(mut self) -> (GivenAway, Result<(), NoteError>) {
+        let said = Note::Go.write(&mut self.lanes[0]);
+        (GivenAway { lanes: self.lanes }, said)
+    }
+}
+
+impl GivenAway {
+    /// Waits until the destination says that the guest runs.
+    pub(crate) fn wait(mut self) -> Result<u64, NoteError> {
+        Note::expect(&mut self.lanes[0], &Note::Running, "word that it runs")?;
+        Ok(self.lanes.iter().map(Lane::sent).sum())
+    }
+}
+
+fn header(id: StreamId, ram: &Ram, tracker: &str, guarantees: Guarantees) -> Header {
+    Header {
+        id,
+        parent: None,
+        page_size: PAGE_BYTES as u64,
+        slots: dump::slots(ram),
+        tracker: tracker.to_owned(),
+        guarantees,
+        contents: true,
+        checked: false,
+        creator: CREATOR.to_owned(),
+    }
+}
+
+/// `range` in parts that are each within a block.
+fn blocks(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let mut at = range.start.0;
+    std::iter::from_fn(move || {
+        let end = range.end().0.min((at / LEAVES_PER_BLOCK + 1) * LEAVES_PER_BLOCK);
+        (at < end).then(|| {
+            let part = PageRange { start: Gfn(at), pages: end - at };
+            at = end;
+            part
+        })
+    })
+}
+
+/// Sends the contents of `range`, which is within a block.
+fn contents(
+    epoch: &mut EpochWriter<'_, Lane>,
+    range: PageRange,
+    ram: &Ram,
+    compress: bool,
+) -> Result<(), WriteError> {
+    let failed =
+        |source: vm_memory::GuestMemoryError| WriteError::Memory { range, source: io::Error::other(source) };
+    if compress {
+        return epoch
+            .pages(range, |gpa, to| ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other));
+    }
+    let mut zeros = [false; LEAVES_PER_BLOCK as usize];
+    let mut copy = [0; PAGE_BYTES];
+    for (gfn, zero) in range.iter().zip(&mut zeros) {
+        let at = GuestAddress(gfn.gpa().0);
+        // Most pages that are not zeros do not begin with them.
+        let begins: u64 = ram.mem().read_obj(at).map_err(failed)?;
+        if begins == 0 {
+            ram.mem().read_slice(&mut copy, at).map_err(failed)?;
+            *zero = copy == [0; PAGE_BYTES];
+        }
+    }
+    let pages = range.pages as usize;
+    let (mut page, mut empty) = (0, Vec::new());
+    while page < pages {
+        let most = if zeros[page] { pages } else { pages.min(page + CHUNK_PAGES) };
+        let end = (page + 1..most).find(|&next| zeros[next] != zeros[page]).unwrap_or(most);
+        let run = PageRange { start: Gfn(range.start.0 + page as u64), pages: (end - page) as u64 };
+        if zeros[page] {
+            empty.push(run);
+        } else {
+            let from = GuestAddress(run.start.gpa().0);
+            epoch.pages_apart(run, |lane| lane.send(ram.mem(), from, run.bytes() as usize))?;
+        }
+        page = end;
+    }
+    epoch.zeros(empty)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_cut_at_blocks() {
+        let range = PageRange { start: Gfn(500), pages: 1100 };
+        let parts: Vec<_> = blocks(range).map(|part| (part.start.0, part.pages)).collect();
+        assert_eq!(parts, [(500, 12), (512, 512), (1024, 512), (1536, 64)]);
+        assert_eq!(blocks(PageRange { start: Gfn(3), pages: 0 }).count(), 0);
+    }
+}
