@@ -105,21 +105,20 @@ impl FaultConfig {
     }
 }
 
-/// Serves the faults of `slots`, which are the RAM that `memory` describes, untouched yet.
+/// Where the pages of a new machine's memory come from.
+pub fn source(memory: MemoryConfig) -> Source {
+    // A memfd's pages are its cache's; hugetlb is filled page by page all the same.
+    match memory.shared && memory.huge.hugetlb_shift().is_none() {
+        true => Source::Shared,
+        false => Source::Zero,
+    }
+}
+
+/// Serves the faults of `slots` from `source`.
 ///
 /// # Errors
 /// See [`Server::start`].
-pub fn start(
-    slots: Vec<Slot>,
-    memory: MemoryConfig,
-    cpus: u8,
-    config: FaultConfig,
-) -> Result<Server, FaultError> {
-    // A memfd's pages are its cache's; hugetlb is filled page by page all the same.
-    let source = match memory.shared && memory.huge.hugetlb_shift().is_none() {
-        true => Source::Shared,
-        false => Source::Zero,
-    };
+pub fn start(slots: Vec<Slot>, source: Source, cpus: u8, config: FaultConfig) -> Result<Server, FaultError> {
     let slots = slots.into_iter().map(|slot| (slot, source.clone())).collect();
     let FaultConfig { policies, working_set } = config;
     // A handler has time for the faults of some vCPUs: each sleeps through most of its own.

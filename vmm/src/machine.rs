@@ -13,10 +13,10 @@
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 
-use dirty_track::fault::{FaultError, FaultTracker, Server};
+use dirty_track::fault::{FaultError, FaultTracker, Server, Source};
 use dirty_track::sys::kvm;
 use dirty_track::sys::stats::{Stats, StatsError};
 use dirty_track::tracker::{
@@ -210,7 +210,9 @@ pub struct Machine {
     workers: Mutex<Vec<QueueWorker>>,
     late_ram: Arc<LateRam>,
     /// Before RAM, of which it has views.
-    fault: Option<Arc<Server>>,
+    fault: OnceLock<Arc<Server>>,
+    /// How faults are to be served.
+    fault_config: FaultConfig,
     physical_bits: u32,
     ram: Arc<Ram>,
     module: KvmModule,
@@ -262,15 +264,13 @@ impl Machine {
             None => (Ram::new(config.memory)?, None),
         };
         let ram = Arc::new(ram);
-        let fault = match config.memory.fault {
-            Faults::Kernel => None,
-            Faults::Uffd => Some(Arc::new(fault::start(
-                slots_of(&ram),
-                config.memory,
-                config.cpus,
-                config.fault.clone(),
-            )?)),
-        };
+        let fault = OnceLock::new();
+        // Memory that is yet to come is served when it is there.
+        if config.memory.fault == Faults::Uffd && (boots || state.is_some()) {
+            let source = fault::source(config.memory);
+            let server = fault::start(slots_of(&ram), source, config.cpus, config.fault.clone())?;
+            let _ = fault.set(Arc::new(server));
+        }
         timing.mark(Phase::Memory);
 
         let vm = Arc::new(kvm.create_vm().map_err(kvm_error("create a virtual machine"))?);
@@ -342,6 +342,7 @@ impl Machine {
             workers: Mutex::new(workers),
             late_ram,
             fault,
+            fault_config: config.fault,
             physical_bits: cpuid::physical_bits(&base),
             ram,
             module,
@@ -357,6 +358,16 @@ impl Machine {
     /// What makes no sense, and what KVM refuses: the machine cannot be started then.
     pub fn give_state(&self, state: &MachineState) -> Result<(), MachineError> {
         restore(state, &self.vm, &self.threads().waiting, &self.platform)
+    }
+
+    /// Serves the faults of memory of a machine that was made without its state from `source`, as far as it is missing,
+    /// before the machine is started.
+    ///
+    /// # Errors
+    /// What the fault server says.
+    pub fn serve_faults(&self, source: Source) -> Result<Arc<Server>, MachineError> {
+        let server = fault::start(self.slots(), source, self.cpus as u8, self.fault_config.clone())?;
+        Ok(Arc::clone(self.fault.get_or_init(|| Arc::new(server))))
     }
 
     /// Says that the machine has ended here, and goes on elsewhere. Its vCPUs stand still, and stay so.
@@ -522,7 +533,7 @@ impl Machine {
             Kind::UffdSync => Box::new(UffdSync::new(slots, config.unit)?),
             Kind::UffdAsync => Box::new(UffdAsync::new(slots)?),
             Kind::UffdServe => {
-                Box::new(FaultTracker::new(Arc::clone(self.fault.as_ref().ok_or(TrackerError::NotServed)?)))
+                Box::new(FaultTracker::new(Arc::clone(self.fault.get().ok_or(TrackerError::NotServed)?)))
             }
             Kind::Exact => Box::new(Exact::new(vm, slots)?),
         })
@@ -545,7 +556,7 @@ impl Machine {
 
     /// Who serves the guest's faults, if it is not the kernel.
     pub fn fault(&self) -> Option<&Arc<Server>> {
-        self.fault.as_ref()
+        self.fault.get()
     }
 
     /// The halves of the virtio devices that belong on a device loop. They can be taken once; without a loop

@@ -94,6 +94,10 @@ struct MigrateArgs {
     /// Hold those vCPUs back that write most, more and more, if the guest writes faster than can be sent
     #[arg(long)]
     auto_converge: bool,
+    /// Switch if the guest writes faster than can be sent: it runs at the destination, which asks for what it has not got.
+    /// Needs `--memory fault=uffd` there
+    #[arg(long)]
+    postcopy: bool,
     /// Most bytes per second, as in 1250M [default: as fast as it goes]
     #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
     bandwidth: Option<u64>,
@@ -431,7 +435,7 @@ fn migrate_verb(args: MigrateArgs) -> ExitCode {
         connections: args.connections,
         compress: args.compress,
         auto_converge: args.auto_converge,
-        postcopy: false,
+        postcopy: args.postcopy,
         bandwidth: args.bandwidth,
     };
     match migrate::client::migrate(&args.api_socket, &config, args.json) {

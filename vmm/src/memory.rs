@@ -13,6 +13,7 @@ use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use dirty_track::addr::PageRange;
 use dirty_track::region::RegionBitmap;
 use serde::Serialize;
 use vm_memory::bitmap::NewBitmap;
@@ -276,6 +277,18 @@ impl Ram {
     /// What was asked for.
     pub fn config(&self) -> MemoryConfig {
         self.config
+    }
+
+    /// Drops the contents of `range`, which is in one memslot of private memory: its pages are missing from then on, until
+    /// somebody touches them.
+    ///
+    /// # Errors
+    /// What the system says, or that there is no such memory.
+    pub fn discard(&self, range: PageRange) -> io::Result<()> {
+        let start = range.start.gpa().0;
+        let has = |region: &&RamRegion| start >= region.gpa && start - region.gpa < region.len;
+        let region = self.regions.iter().find(has).ok_or(io::ErrorKind::InvalidInput)?;
+        region.mapping.discard((start - region.gpa) as usize, range.bytes() as usize)
     }
 
     /// Host address of the byte at `gpa`, if it is RAM.

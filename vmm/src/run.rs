@@ -159,7 +159,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
-    let incoming = match &config.incoming {
+    let mut incoming = match &config.incoming {
         Some(address) => {
             if !config.quiet {
                 eprintln!("vmm: waiting for a machine at {address}");
@@ -172,8 +172,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         None => None,
     };
     let restored = config.restore.as_deref().map(|path| snapshot::read(path, config.memory)).transpose()?;
-    let shape = match (&incoming, &restored) {
-        (Some(incoming), _) => incoming.shape(&config.disks)?,
+    let shape = match (&mut incoming, &restored) {
+        (Some(incoming), _) => incoming.shape(&config.disks, &config.memory)?,
         (None, Some(snapshot)) => snapshot.shape.clone(),
         (None, None) => config.shape(),
     };
@@ -205,10 +205,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         from: from.map(Box::new),
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
-    if let Some(incoming) = incoming {
-        // It runs when this returns.
-        incoming.receive(&machine, &signals)?;
-    }
+    // It runs when this returns, and what is missing of its memory comes by and by.
+    let filling = incoming.map(|incoming| incoming.receive(&machine, &signals)).transpose()?.flatten();
     let observers = Observers {
         machine: Arc::clone(&machine),
         fault: config.memory.fault,
@@ -311,6 +309,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let guest_status = machine.channel().status();
     let end = machine.end();
     observed.show.leave_terminal();
+    drop(filling);
     drop(devices);
     drop(control_loop);
     drop(control);

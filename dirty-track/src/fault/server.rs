@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PageSize};
+use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PageRange, PageSize};
 use crate::fault::counts::Counts;
 use crate::fault::plan::{Origin, Policies};
 use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
@@ -225,6 +225,26 @@ impl Server {
     /// Whether pages are moved, and so cannot be installed protected.
     pub(super) fn moves(&self) -> bool {
         self.shared.pager.slots.iter().any(|slot| slot.origin == Origin::Staged)
+    }
+
+    /// Installs what is still missing of `ranges`, which are old then: nobody asked for them.
+    ///
+    /// # Errors
+    /// [`FaultError::Fetch`], [`FaultError::Install`]. It can be called again.
+    pub fn fill(&self, ranges: &[PageRange]) -> Result<(), FaultError> {
+        let pager = &self.shared.pager;
+        let mut worker = Worker::default();
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end() {
+                let next = Gfn((at.block() + 1) * LEAVES_PER_BLOCK);
+                if let Some(index) = pager.slots.iter().position(|slot| slot.frames.contains(at)) {
+                    pager.fill_block(&mut worker, index, at, |block| block.leaves(*range))?;
+                }
+                at = next;
+            }
+        }
+        Ok(())
     }
 
     /// Installs everything that is still missing and would not be zero, so that the service can end while the guest

@@ -1,26 +1,29 @@
 //! The destination: it waits for a machine, takes it in, and runs it when it is told to.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dirty_track::addr::{PAGE_SIZE, PageRange};
+use dirty_track::addr::{Gfn, PAGE_BYTES, PAGE_SIZE, PageRange};
 use dirty_track::bitmap::DirtyBitmap;
-use dirty_track::log::{Event, LogReader, StreamId};
-use vm_memory::{Bytes, GuestAddress};
+use dirty_track::fault::{PageSource, Server, Source};
+use dirty_track::log::{Event, LogReader, SlotInfo, StreamId};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lane::{Cancel, Lane, Listener};
 use super::note::{Hello, Note, NoteError, VERSION};
+use super::postcopy::{Filling, Rest};
 use super::source::MAX_CONNECTIONS;
-use super::{Address, MigrateError};
+use super::{Address, MigrateError, postcopy};
 use crate::devices::virtio::disk::DiskConfig;
 use crate::dump;
 use crate::machine::Machine;
-use crate::memory::Ram;
+use crate::memory::{Faults, MemoryConfig, Ram};
 use crate::snapshot::Shape;
 use crate::state::parts::Parts;
 use crate::sys::signals::Signals;
@@ -36,8 +39,7 @@ const FOR_LANES: Duration = Duration::from_secs(10);
 pub(crate) struct Incoming {
     lanes: Vec<Lane>,
     hello: Hello,
-    /// Nobody else can bring a machine as long as this is here.
-    _listener: Listener,
+    listener: Listener,
 }
 
 impl Incoming {
@@ -77,7 +79,7 @@ impl Incoming {
                 }
             }
             if lanes.len() == hello.lanes {
-                return Ok(Some(Incoming { lanes, hello, _listener: listener }));
+                return Ok(Some(Incoming { lanes, hello, listener }));
             }
             let refused = Note::Refused { why: "not all of the connections came".into() };
             // The source may have gone.
@@ -86,7 +88,30 @@ impl Incoming {
     }
 
     /// What the machine is made of, with `disks` for its disks: a source does not say which files are opened here.
-    pub(crate) fn shape(&self, disks: &[DiskConfig]) -> Result<Shape, MigrateError> {
+    /// `memory` is what its memory is to be.
+    pub(crate) fn shape(
+        &mut self,
+        disks: &[DiskConfig],
+        memory: &MemoryConfig,
+    ) -> Result<Shape, MigrateError> {
+        let shape = self.fitting(disks, memory);
+        if let Err(error) = &shape {
+            self.refuse(error);
+        }
+        shape
+    }
+
+    /// Tells the source why its machine cannot be taken.
+    pub(crate) fn refuse(&mut self, why: &dyn std::error::Error) {
+        let note = Note::Refused { why: why.to_string() };
+        // It may have gone, or know already.
+        self.lanes.iter_mut().for_each(|lane| drop(note.write(lane)));
+    }
+
+    fn fitting(&self, disks: &[DiskConfig], memory: &MemoryConfig) -> Result<Shape, MigrateError> {
+        if self.hello.postcopy && !takes_postcopy(memory) {
+            return Err(MigrateError::NoPostcopy);
+        }
         let theirs = &self.hello.shape.disks;
         let readonly = |disks: &[DiskConfig]| disks.iter().map(|disk| disk.readonly).collect::<Vec<_>>();
         if readonly(theirs) != readonly(disks) {
@@ -95,18 +120,24 @@ impl Incoming {
         Ok(Shape { disks: disks.to_vec(), ..self.hello.shape.clone() })
     }
 
-    /// Takes the machine in, whose memory is empty, and starts it when it has been given away. Whatever fails before that, the guest is the source's, and has not run here.
-    pub(crate) fn receive(mut self, machine: &Machine, signals: &Signals) -> Result<(), MigrateError> {
+    /// Takes the machine in, whose memory is empty, and starts it when it has been given away. Whatever fails before that,
+    /// the guest is the source's, and has not run here.
+    pub(crate) fn receive(
+        mut self,
+        machine: &Machine,
+        signals: &Signals,
+    ) -> Result<Option<Filling>, MigrateError> {
         let cancel = Cancel::default();
         for lane in &self.lanes {
             cancel.watch(lane).map_err(MigrateError::System)?;
         }
         let done = EventFd::new(0).map_err(MigrateError::System)?;
         let outcome = thread::scope(|scope| {
-            // A signal stays for whoever handles it afterwards.
-            let watcher = scope.spawn(|| match first_of(&[signals.as_raw_fd(), done.as_raw_fd()], None) {
-                Ok(Some(0)) => drop(cancel.cancel()),
-                _ => {}
+            let watcher = scope.spawn(|| {
+                // A signal stays for whoever handles it afterwards.
+                if let Ok(Some(0)) = first_of(&[signals.as_raw_fd(), done.as_raw_fd()], None) {
+                    cancel.cancel();
+                }
             });
             let outcome = self.take_in(machine);
             cancel.too_late();
@@ -114,30 +145,35 @@ impl Incoming {
             let _ = watcher.join();
             outcome
         });
-        if let Err(error) = &outcome
-            && let Some(lane) = self.lanes.first_mut()
-        {
-            // The source may know already.
-            let _ = Note::Refused { why: error.to_string() }.write(lane);
+        match outcome {
+            Ok(None) => Ok(None),
+            Ok(Some((rest, server))) => {
+                Filling::start(rest, server, self.listener).map(Some).map_err(MigrateError::System)
+            }
+            Err(error) => {
+                self.refuse(&error);
+                Err(error)
+            }
         }
-        outcome
     }
 
-    fn take_in(&mut self, machine: &Machine) -> Result<(), MigrateError> {
+    fn take_in(&mut self, machine: &Machine) -> Result<Option<(Arc<Rest>, Arc<Server>)>, MigrateError> {
         for lane in &mut self.lanes {
             Note::Welcome.write(lane)?;
         }
         let ram = machine.ram();
-        let written = DirtyBitmap::new((ram.config().size / PAGE_SIZE) as usize);
-        let id = self.hello.id;
+        let into = Into {
+            id: self.hello.id,
+            ram,
+            slots: dump::slots(ram),
+            written: DirtyBitmap::new((ram.config().size / PAGE_SIZE) as usize),
+            said: Mutex::default(),
+        };
         let lanes = std::mem::take(&mut self.lanes);
-        let parts = Mutex::new(Parts::default());
         let absorbed: Vec<Result<Lane, MigrateError>> = thread::scope(|scope| {
-            let (written, parts) = (&written, &parts);
-            let threads: Vec<_> = lanes
-                .into_iter()
-                .map(|lane| scope.spawn(move || absorb(lane, id, ram, written, parts)))
-                .collect();
+            let into = &into;
+            let threads: Vec<_> =
+                lanes.into_iter().map(|lane| scope.spawn(move || into.absorb(lane))).collect();
             threads
                 .into_iter()
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -146,17 +182,45 @@ impl Incoming {
         for lane in absorbed {
             self.lanes.push(lane?);
         }
-        let parts = parts.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let Into { slots, written, said, .. } = into;
+        let Said { parts, missing } = said.into_inner().unwrap_or_else(PoisonError::into_inner);
         let state = parts.finish(self.hello.shape.cpus)?;
         machine.give_state(&state).map_err(|error| MigrateError::Machine(error.to_string()))?;
+        let mut rest = None;
+        if takes_postcopy(&ram.config()) {
+            // What came before and was written since is the source's again.
+            for range in &missing {
+                let stale = postcopy::place(&slots, *range)
+                    .is_some_and(|first| (first..first + range.pages as usize).any(|page| written.get(page)));
+                if stale {
+                    ram.discard(*range).map_err(MigrateError::System)?;
+                }
+            }
+            let lanes = if missing.is_empty() { Vec::new() } else { self.lanes.split_off(1) };
+            let pages = Arc::new(Rest::new(slots, missing, lanes, self.hello.id));
+            let source = Source::Fetch(Arc::clone(&pages) as Arc<dyn PageSource>);
+            let server =
+                machine.serve_faults(source).map_err(|error| MigrateError::Machine(error.to_string()))?;
+            rest = Some((pages, server));
+        } else if !missing.is_empty() {
+            return Err(MigrateError::NoPostcopy);
+        }
         let lane = &mut self.lanes[0];
         Note::Ready.write(lane)?;
         Note::expect(lane, &Note::Go, "word that the machine is given away")?;
         // It is ours now, whatever becomes of the connection.
         machine.start().map_err(|error| MigrateError::Machine(error.to_string()))?;
         let _ = Note::Running.write(lane);
-        Ok(())
+        if let Some((rest, _)) = &rest {
+            rest.begin(self.lanes.remove(0));
+        }
+        Ok(rest.filter(|(rest, _)| !rest.is_empty()))
     }
+}
+
+/// Whether the memory can be had page by page from elsewhere.
+fn takes_postcopy(memory: &MemoryConfig) -> bool {
+    memory.fault == Faults::Uffd && !memory.shared && memory.huge.hugetlb_shift().is_none()
 }
 
 /// Waits for a connection. False: a signal came, or the time is up.
@@ -206,66 +270,71 @@ fn greeted(mut lane: Lane, due: Option<(StreamId, usize)>) -> Result<(Lane, Hell
     Ok((lane, hello))
 }
 
-/// Reads a connection's log to its end, and gives the connection back.
-fn absorb(
-    lane: Lane,
+/// What the connections' logs are read into.
+struct Into<'a> {
     id: StreamId,
-    ram: &Ram,
-    written: &DirtyBitmap,
-    parts: &Mutex<Parts>,
-) -> Result<Lane, MigrateError> {
-    let mut log = LogReader::new(lane)?;
-    let header = log.header();
-    let slots = dump::slots(ram);
-    let same = header.slots.iter().map(|slot| slot.frames()).eq(slots.iter().map(|slot| slot.frames()));
-    if header.id != id || !header.contents || !same {
-        return Err(MigrateError::OtherLog);
-    }
-    // Where the pages of a slot begin in `written`.
-    let mut firsts = Vec::with_capacity(slots.len());
-    let mut pages = 0;
-    for slot in &slots {
-        firsts.push((slot.frames(), pages));
-        pages += slot.pages;
-    }
-    let bits = |range: PageRange| {
-        let slot = firsts.iter().find(|(frames, _)| frames.contains(range.start));
-        let first = slot.map_or(0, |(frames, first)| first + (range.start.0 - frames.start.0));
-        first as usize..(first + range.pages) as usize
-    };
-    let written_to = |range: PageRange| written.set_range(bits(range));
-    while let Some(event) = log.read_apart()? {
-        match event {
-            Event::Ahead(range) => {
-                written_to(range);
-                let to = GuestAddress(range.start.gpa().0);
-                log.contents(|lane, bytes| lane.receive(ram.mem(), to, bytes))?;
-            }
-            Event::Pages(range, contents) => {
-                written_to(range);
-                let to = GuestAddress(range.start.gpa().0);
-                ram.mem()
-                    .write_slice(contents, to)
-                    .map_err(|error| MigrateError::System(io::Error::other(error)))?;
-            }
-            Event::Zero(spans) => {
-                for range in spans.iter().map(|span| span.range) {
-                    for (gfn, bit) in range.iter().zip(bits(range)) {
+    ram: &'a Ram,
+    slots: Vec<SlotInfo>,
+    /// Pages that are not as they were made.
+    written: DirtyBitmap,
+    said: Mutex<Said>,
+}
+
+#[derive(Default)]
+struct Said {
+    parts: Parts,
+    missing: Vec<PageRange>,
+}
+
+impl Into<'_> {
+    /// Reads a connection's log to its end, and gives the connection back.
+    fn absorb(&self, lane: Lane) -> Result<Lane, MigrateError> {
+        let mut log = LogReader::new(lane)?;
+        let header = log.header();
+        let same = header.slots.iter().map(SlotInfo::frames).eq(self.slots.iter().map(SlotInfo::frames));
+        if header.id != self.id || !header.contents || !same {
+            return Err(MigrateError::OtherLog);
+        }
+        let memory = self.ram.mem();
+        let failed = |error: GuestMemoryError| MigrateError::System(io::Error::other(error));
+        while let Some(event) = log.read_apart()? {
+            match event {
+                Event::Ahead(range) => {
+                    self.written.set_range(self.place(range));
+                    let to = GuestAddress(range.start.gpa().0);
+                    log.contents(|lane, bytes| lane.receive(memory, to, bytes))?;
+                }
+                Event::Pages(range, contents) => {
+                    self.written.set_range(self.place(range));
+                    memory.write_slice(contents, GuestAddress(range.start.gpa().0)).map_err(failed)?;
+                }
+                Event::Zero(spans) => {
+                    for range in spans.iter().map(|span| span.range) {
                         // What nobody wrote is zeros already.
-                        if written.get(bit) {
+                        let written = |(_, page): &(Gfn, usize)| self.written.get(*page);
+                        for (gfn, _) in range.iter().zip(self.place(range)).filter(written) {
                             let to = GuestAddress(gfn.gpa().0);
-                            ram.mem()
-                                .write_slice(&[0; PAGE_SIZE as usize], to)
-                                .map_err(|error| MigrateError::System(io::Error::other(error)))?;
+                            memory.write_slice(&[0; PAGE_BYTES], to).map_err(failed)?;
                         }
                     }
                 }
+                Event::State { name: postcopy::MISSING, bytes } => {
+                    let ranges = postcopy::ranges(bytes, &self.slots).ok_or(MigrateError::OtherLog)?;
+                    self.said().missing.extend(ranges);
+                }
+                Event::State { name, bytes } => self.said().parts.add(name, bytes)?,
+                _ => {}
             }
-            Event::State { name, bytes } => {
-                parts.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).add(name, bytes)?;
-            }
-            _ => {}
         }
+        Ok(log.into_input())
     }
-    Ok(log.into_input())
+
+    fn said(&self) -> MutexGuard<'_, Said> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the pages of `range`, which the log's slots have, come in the row of all pages.
+    fn place(&self, range: PageRange) -> Range<usize> {
+        postcopy::place(&self.slots, range).map_or(0..0, |first| first..first + range.pages as usize)
+    }
 }

@@ -1,7 +1,7 @@
 //! The way of a migration at the source, from the first round to the last note, by who observes the machine: it has the
 //! tracker.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use dirty_track::addr::PageRange;
@@ -24,7 +24,7 @@ pub(crate) struct Drive<'a> {
     pub(crate) config: &'a MigrateConfig,
     pub(crate) cancel: &'a Cancel,
     /// Told of each step.
-    pub(crate) tell: &'a mut dyn FnMut(&MigrationReport),
+    pub(crate) tell: &'a mut (dyn FnMut(&MigrationReport) + Send),
     /// Shown each epoch.
     pub(crate) show: &'a mut dyn FnMut(&Epoch),
     pub(crate) report: MigrationReport,
@@ -108,14 +108,15 @@ impl Drive<'_> {
                     let brake = Brake::start(self.machine, vcpus, percent).map_err(MigrateError::System)?;
                     self.brake = Some(brake);
                 }
-                Next::Stop | Next::Postcopy => return self.stop(copying, &runs),
+                Next::Stop => return self.stop(copying, &runs, false),
+                Next::Postcopy => return self.stop(copying, &runs, true),
                 Next::GiveUp => return Err(MigrateError::Diverges),
             }
         }
     }
 
-    /// The guest stands still, `owed` and what it wrote since is sent, and it is given away.
-    fn stop(&mut self, copying: Copying, owed: &[PageRange]) -> Result<(), MigrateError> {
+    /// The guest stands still, `owed` and what it wrote since is sent, or left for `later`, and it is given away.
+    fn stop(&mut self, copying: Copying, owed: &[PageRange], later: bool) -> Result<(), MigrateError> {
         self.report.phase = Phase::Still;
         (self.tell)(&self.report);
         let machine = Arc::clone(self.machine);
@@ -130,7 +131,10 @@ impl Drive<'_> {
             let give_away = || {
                 let mut still = copying.stand_still();
                 for runs in [owed, &runs] {
-                    last.add(&still.send(ram, runs)?);
+                    match later {
+                        true => still.leave(runs)?,
+                        false => last.add(&still.send(ram, runs)?),
+                    }
                 }
                 let (state, _devices_rest) =
                     machine.pause().state().map_err(|error| MigrateError::Machine(error.to_string()))?;
@@ -140,8 +144,7 @@ impl Drive<'_> {
                 }
                 // It stays so, whatever happens now.
                 machine.hold();
-                let (given, said) = complete.give_away();
-                Ok(said.and_then(|()| given.wait()))
+                Ok(complete.give_away())
             };
             outcome = give_away();
         });
@@ -151,26 +154,55 @@ impl Drive<'_> {
         self.report.last = Some(last.round(0));
         let said = outcome?;
         self.report.still_ms = Some(still_ms);
-        self.report.owed = 0;
-        match said {
-            Ok(bytes) => {
-                self.report.bytes = bytes;
-                self.report.phase = Phase::Completed;
-            }
-            Err(error) => {
-                self.report.phase = Phase::InDoubt;
-                self.report.error = Some(format!(
-                    "{error}, after the guest was given away: it may be running there. If it is not, \
-                     resuming it here is safe"
-                ));
-            }
-        }
         if let Ok(epoch) = closed {
             (self.show)(&epoch);
         }
+        let gone = match said {
+            Ok(gone) => gone,
+            Err(error) => {
+                self.in_doubt(&error);
+                return Ok(());
+            }
+        };
+        self.report.bytes = gone.bytes();
+        if later {
+            self.report.phase = Phase::Postcopy;
+            self.report.postcopy_pages = Some(0);
+            (self.tell)(&self.report);
+            let told = Mutex::new((&mut self.tell, &mut self.report));
+            let served = gone.serve(ram, &self.config.to, cancel, |pages| {
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                let (tell, report) = &mut *told;
+                // Not each time: whoever asks waits.
+                if pages >= report.postcopy_pages.unwrap_or(0) + TELL {
+                    report.postcopy_pages = Some(pages);
+                    tell(report);
+                }
+            });
+            match served {
+                Ok(pages) => self.report.postcopy_pages = Some(pages),
+                Err(error) => {
+                    self.in_doubt(&error);
+                    return Ok(());
+                }
+            }
+        }
+        self.report.owed = 0;
+        self.report.phase = Phase::Completed;
         Ok(())
     }
+
+    fn in_doubt(&mut self, error: &dyn std::error::Error) {
+        self.report.phase = Phase::InDoubt;
+        self.report.error = Some(format!(
+            "{error}, after the guest was given away: it may be running there. If it is not, resuming it here is \
+             safe: here it is as it was when it was given away"
+        ));
+    }
 }
+
+/// So many pages that were asked for are worth telling of.
+const TELL: u64 = 1024;
 
 /// The vCPUs that write most: those with at least half of what the busiest has; all, if nobody knows.
 fn writers(written_by: &[u64], cpus: usize) -> Vec<u8> {

@@ -213,6 +213,7 @@ pub(crate) struct Cancel(Arc<Mutex<Cancelling>>);
 struct Cancelling {
     cancelled: bool,
     too_late: bool,
+    abandoned: bool,
     breakers: Vec<Breaker>,
 }
 
@@ -224,6 +225,7 @@ impl Cancel {
     /// From now on everything about this migration fails. False: it is too late.
     pub(crate) fn cancel(&self) -> bool {
         let mut inner = self.lock();
+        inner.abandoned = true;
         if !inner.too_late {
             inner.cancelled = true;
             inner.breakers.iter().for_each(Breaker::cut);
@@ -233,6 +235,11 @@ impl Cancel {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.lock().cancelled
+    }
+
+    /// Whether somebody wanted it to end, late as it may have been.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.lock().abandoned
     }
 
     /// From now on it cannot be cancelled. False: it was.
@@ -285,6 +292,17 @@ impl Listener {
             Listener::Tcp(listener) => Lane::tcp(listener.accept()?.0),
             Listener::Exec(command) => Lane::exec(command),
         }
+    }
+
+    /// From now on waiting for a connection ends after `patience`, with an error.
+    pub(super) fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        let fd = match self {
+            Listener::Unix(listener, _) => listener.as_fd(),
+            Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Exec(_) => return Ok(()),
+        };
+        // SO_RCVTIMEO is for accept(2), too; only streams have a method for it.
+        UnixStream::from(fd.try_clone_to_owned()?).set_read_timeout(Some(patience))
     }
 
     /// What becomes readable with a connection; `None` where it is there already.

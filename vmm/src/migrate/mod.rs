@@ -46,6 +46,7 @@ pub(crate) mod destination;
 pub(crate) mod drive;
 pub(crate) mod lane;
 pub mod note;
+mod postcopy;
 pub mod report;
 mod rounds;
 pub(crate) mod source;
@@ -101,6 +102,12 @@ pub enum MigrateError {
         /// What it has at its source.
         theirs: Vec<DiskConfig>,
     },
+    /// Memory that cannot be had page by page.
+    #[error(
+        "the source may switch to postcopy: that needs --memory fault=uffd at the destination, private and without \
+         hugetlb"
+    )]
+    NoPostcopy,
     /// The machine.
     #[error("{0}")]
     Machine(String),

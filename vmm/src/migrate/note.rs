@@ -31,6 +31,9 @@ pub(super) struct Hello {
     pub(super) shape: Shape,
     /// The source may switch before all of memory is there.
     pub(super) postcopy: bool,
+    /// It takes the place of one that broke off after the switch.
+    #[serde(default)]
+    pub(super) again: bool,
 }
 
 /// What is said.
@@ -52,8 +55,6 @@ pub(super) enum Note {
     Go,
     /// The destination runs it.
     Running,
-    /// The destination, after postcopy: it has all of memory.
-    Complete,
 }
 
 /// What is no note.
@@ -150,6 +151,7 @@ mod tests {
             lanes: 4,
             shape,
             postcopy: false,
+            again: false,
         }))
     }
 

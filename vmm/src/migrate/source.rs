@@ -12,15 +12,15 @@ use dirty_track::log::{
     CHUNK_PAGES, Compression, EpochWriter, Header, LogWriter, Span, StreamId, WriteError,
 };
 use dirty_track::tracker::Guarantees;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::lane::{Cancel, Lane};
 use super::note::{Hello, Note, NoteError, VERSION};
 use super::report::Round;
 use super::rounds::Limits;
-use super::{Address, MigrateError};
+use super::{Address, MigrateError, postcopy};
 use crate::dump::{self, CREATOR};
-use crate::memory::Ram;
+use crate::memory::{GuestRam, Ram};
 use crate::snapshot::Shape;
 use crate::state::{MachineState, parts};
 
@@ -106,6 +106,8 @@ pub(crate) struct Copying {
     pace: Pace,
     compress: bool,
     began: Instant,
+    /// As it was said on the first connection.
+    hello: Hello,
 }
 
 /// What is told of the tracker in the log's header.
@@ -121,21 +123,27 @@ impl Copying {
         cancel: &Cancel,
     ) -> Result<Copying, MigrateError> {
         let id = dump::stream_id().map_err(|error| MigrateError::System(io::Error::other(error)))?;
-        let mut lanes = Vec::with_capacity(config.connections);
-        for lane in 0..config.connections {
+        let connections = match config.to {
+            // One for what the guest waits for, one for the rest.
+            Address::Unix(_) | Address::Tcp(_) if config.postcopy => config.connections.max(2),
+            _ => config.connections,
+        };
+        let hello = Hello {
+            version: VERSION,
+            id,
+            lane: 0,
+            lanes: connections,
+            shape: shape.clone(),
+            postcopy: config.postcopy,
+            again: false,
+        };
+        let mut lanes = Vec::with_capacity(connections);
+        for lane in 0..connections {
             let connected = Lane::connect(&config.to)
                 .and_then(|connection| cancel.watch(&connection).map(|()| connection));
             let mut connection =
                 connected.map_err(|source| MigrateError::Connect { to: config.to.to_string(), source })?;
-            let hello = Hello {
-                version: VERSION,
-                id,
-                lane,
-                lanes: config.connections,
-                shape: shape.clone(),
-                postcopy: config.postcopy,
-            };
-            Note::Hello(Box::new(hello)).write(&mut connection)?;
+            Note::Hello(Box::new(Hello { lane, ..hello.clone() })).write(&mut connection)?;
             lanes.push(connection);
         }
         let mut logs = Vec::with_capacity(lanes.len());
@@ -144,13 +152,14 @@ impl Copying {
             Note::expect(&mut lane, &Note::Welcome, "a welcome")?;
             logs.push(LogWriter::new(lane, header(id, ram, tracker, guarantees), config.compress)?);
         }
-        let limit = config.bandwidth.map(|bytes| bytes as f64 / config.connections as f64);
+        let limit = config.bandwidth.map(|bytes| bytes as f64 / connections as f64);
         let pace = Pace { cancel: cancel.clone(), limit };
         Ok(Copying {
             lanes: logs,
             pace,
             compress: config.compress != Compression::None,
             began: Instant::now(),
+            hello,
         })
     }
 
@@ -232,6 +241,14 @@ impl Still {
         self.0.send(ram, ranges)
     }
 
+    /// Says which pages the destination has to ask for: those of `ranges`, which change no more.
+    pub(crate) fn leave(&mut self, ranges: &[PageRange]) -> Result<(), MigrateError> {
+        for record in postcopy::records(ranges) {
+            self.0.lanes[0].state(postcopy::MISSING, &record)?;
+        }
+        Ok(())
+    }
+
     /// Sends the state, and waits until the destination has all it needs. The guest is still this side's.
     pub(crate) fn send_state(mut self, state: &MachineState) -> Result<Complete, MigrateError> {
         parts::write(&mut self.0.lanes[0], state)?;
@@ -241,7 +258,7 @@ impl Still {
         }
         let ready = Note::expect(&mut lanes[0], &Note::Ready, "word that it is ready");
         match ready {
-            Ok(()) => Ok(Complete { lanes }),
+            Ok(()) => Ok(Complete { lanes, hello: self.0.hello }),
             Err(_) if self.0.pace.cancel.is_cancelled() => Err(MigrateError::Cancelled),
             Err(error) => Err(error.into()),
         }
@@ -252,28 +269,38 @@ impl Still {
 #[derive(Debug)]
 pub(crate) struct Complete {
     lanes: Vec<Lane>,
-}
-
-/// The guest is the destination's, for all this side knows.
-#[derive(Debug)]
-pub(crate) struct GivenAway {
-    lanes: Vec<Lane>,
+    hello: Hello,
 }
 
 impl Complete {
-    /// Gives the guest away. From here on it must not run on this side, unless somebody knows that it does not run on the
-    /// other: whatever fails now, the destination may have heard.
-    pub(crate) fn give_away(mut self) -> (GivenAway, Result<(), NoteError>) {
-        let said = Note::Go.write(&mut self.lanes[0]);
-        (GivenAway { lanes: self.lanes }, said)
+    /// Gives the guest away, and waits until the destination says that it runs. From here on it must not run on this side,
+    /// unless somebody knows that it does not run on the other: whatever fails now, the destination may have heard.
+    pub(crate) fn give_away(mut self) -> Result<Gone, NoteError> {
+        Note::Go.write(&mut self.lanes[0])?;
+        Note::expect(&mut self.lanes[0], &Note::Running, "word that it runs")?;
+        Ok(Gone(self))
     }
 }
 
-impl GivenAway {
-    /// Waits until the destination says that the guest runs.
-    pub(crate) fn wait(mut self) -> Result<u64, NoteError> {
-        Note::expect(&mut self.lanes[0], &Note::Running, "word that it runs")?;
-        Ok(self.lanes.iter().map(Lane::sent).sum())
+/// The guest runs at the destination.
+#[derive(Debug)]
+pub(crate) struct Gone(Complete);
+
+impl Gone {
+    /// Bytes that were sent.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0.lanes.iter().map(Lane::sent).sum()
+    }
+
+    /// Serves the destination with what it was not sent, until it needs nothing any more. Returns the pages that it asked for.
+    pub(crate) fn serve(
+        self,
+        ram: &Ram,
+        to: &Address,
+        cancel: &Cancel,
+        tell: impl Fn(u64) + Sync,
+    ) -> Result<u64, MigrateError> {
+        postcopy::serve(self.0.lanes, ram, to, &self.0.hello, cancel, tell)
     }
 }
 
@@ -311,23 +338,13 @@ fn contents(
     ram: &Ram,
     compress: bool,
 ) -> Result<(), WriteError> {
-    let failed =
-        |source: vm_memory::GuestMemoryError| WriteError::Memory { range, source: io::Error::other(source) };
+    let failed = |source: GuestMemoryError| WriteError::Memory { range, source: io::Error::other(source) };
     if compress {
         return epoch
             .pages(range, |gpa, to| ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other));
     }
-    let mut zeros = [false; LEAVES_PER_BLOCK as usize];
-    let mut copy = [0; PAGE_BYTES];
-    for (gfn, zero) in range.iter().zip(&mut zeros) {
-        let at = GuestAddress(gfn.gpa().0);
-        // Most pages that are not zeros do not begin with them.
-        let begins: u64 = ram.mem().read_obj(at).map_err(failed)?;
-        if begins == 0 {
-            ram.mem().read_slice(&mut copy, at).map_err(failed)?;
-            *zero = copy == [0; PAGE_BYTES];
-        }
-    }
+    let mut zeros: Zeros = [false; LEAVES_PER_BLOCK as usize];
+    self::zeros(ram.mem(), range, &mut zeros).map_err(failed)?;
     let pages = range.pages as usize;
     let (mut page, mut empty) = (0, Vec::new());
     while page < pages {
@@ -343,6 +360,24 @@ fn contents(
         page = end;
     }
     epoch.zeros(empty)
+}
+
+/// Which pages of a block are all zeros.
+pub(super) type Zeros = [bool; LEAVES_PER_BLOCK as usize];
+
+/// Finds out which of the pages of `range`, at most a block, are all zeros at this moment.
+pub(super) fn zeros(ram: &GuestRam, range: PageRange, zeros: &mut Zeros) -> Result<(), GuestMemoryError> {
+    let mut copy = [0; PAGE_BYTES];
+    for (gfn, zero) in range.iter().zip(zeros) {
+        let at = GuestAddress(gfn.gpa().0);
+        // Most pages that are not zeros do not begin with them.
+        let begins: u64 = ram.read_obj(at)?;
+        if begins == 0 {
+            ram.read_slice(&mut copy, at)?;
+            *zero = copy == [0; PAGE_BYTES];
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -129,6 +129,20 @@ impl Mapping {
         self.len == 0
     }
 
+    /// Drops `offset..offset + len`, in whole pages, clipped to the mapping: private memory is missing then, and zero when it
+    /// is touched.
+    ///
+    /// # Errors
+    /// What `madvise` says.
+    pub fn discard(&self, offset: usize, len: usize) -> io::Result<()> {
+        let offset = offset.min(self.len);
+        let len = len.min(self.len - offset);
+        // SAFETY: the range lies inside our own mapping. Its contents change, as those of memory that a guest has do at
+        // any time; nobody has references to them.
+        let result = unsafe { libc::madvise(self.addr.add(offset).cast(), len, libc::MADV_DONTNEED) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Advises the kernel on huge pages in `offset..offset + len`, clipped to the mapping.
     ///
     /// # Errors
