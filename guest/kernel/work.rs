@@ -45,7 +45,7 @@ pub(crate) fn run(machine: &Machine, cpu: u32) {
         unsafe { entry::enter_ring0() };
     }
     let mut worker = Worker::new(machine, cpu);
-    if machine.config.populate {
+    if machine.config.populate || machine.config.nonzero {
         worker.populate();
     }
     smp::begin_together(machine.config.cpus, cpu);
@@ -116,6 +116,10 @@ impl<'a> Worker<'a> {
             let (_, _, bytes) = self.page(page);
             // SAFETY: the first word of a page that nobody has written yet, so it is 0.
             unsafe { bytes.cast::<u64>().write_volatile(0) };
+            if self.config.nonzero {
+                // SAFETY: the last word of the same page.
+                unsafe { bytes.add(4088).cast::<u64>().write_volatile(page + 1) };
+            }
         }
     }
 

@@ -89,6 +89,8 @@ pub struct Config {
     pub interrupts: bool,
     /// `populate=`: touch every page of the region before the workload begins, changing nothing.
     pub populate: bool,
+    /// `nonzero=`: what `populate=` does, and it leaves no page all zeros: the last word of each becomes its number.
+    pub nonzero: bool,
     /// `barrier=`: ring the doorbell at the end of every pass.
     pub barrier: bool,
     /// `verify=`: check the whole region when all passes are done.
@@ -129,6 +131,7 @@ impl Config {
         ring0: false,
         interrupts: false,
         populate: false,
+        nonzero: false,
         barrier: false,
         verify: false,
         latency: false,
@@ -193,6 +196,7 @@ impl Config {
             }
             b"interrupts" => self.interrupts = switch(value)?,
             b"populate" => self.populate = switch(value)?,
+            b"nonzero" => self.nonzero = switch(value)?,
             b"barrier" => self.barrier = switch(value)?,
             b"verify" => self.verify = switch(value)?,
             b"latency" => self.latency = switch(value)?,
@@ -314,8 +318,8 @@ mod tests {
     fn every_key_is_taken() {
         let config = parse(
             "workload=zipf region=1G pages=7 passes=3 rate=5M/s seed=9 reads=30 stride=2 hot=5 cpus=4 \
-             tsc_khz=2100000 map=lazy around=16 ring=0 interrupts=on populate=on barrier=on verify=on latency=on \
-             quiet=on crash=halt",
+             tsc_khz=2100000 map=lazy around=16 ring=0 interrupts=on populate=on nonzero=on barrier=on verify=on \
+             latency=on quiet=on crash=halt",
         );
         let expected = Config {
             workload: Workload::Zipf,
@@ -334,6 +338,7 @@ mod tests {
             ring0: true,
             interrupts: true,
             populate: true,
+            nonzero: true,
             barrier: true,
             verify: true,
             latency: true,

@@ -235,7 +235,7 @@ struct RunArgs {
     /// Number of vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     cpus: u8,
-    /// Guest RAM: size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,fault=kernel|uffd. With fault=uffd the
+    /// Guest RAM: size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,fault=kernel|uffd,prealloc=on|off. With fault=uffd the
     /// monitor itself brings every page that the guest touches first
     #[arg(long, value_name = "SPEC", default_value = "size=1G")]
     memory: MemoryConfig,

@@ -96,28 +96,37 @@ pub struct MemoryConfig {
     pub shared: bool,
     /// Who brings the pages that are not there.
     pub fault: Faults,
+    /// All of it is there before the guest starts.
+    pub prealloc: bool,
 }
 
 impl Default for MemoryConfig {
     fn default() -> Self {
-        MemoryConfig { size: 1 << 30, huge: HugePages::default(), shared: false, fault: Faults::default() }
+        MemoryConfig {
+            size: 1 << 30,
+            huge: HugePages::default(),
+            shared: false,
+            fault: Faults::default(),
+            prealloc: false,
+        }
     }
 }
 
 impl FromStr for MemoryConfig {
     type Err = OptionError;
 
-    /// `size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,fault=kernel|uffd`, or just a size.
+    /// `size=1G,huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,fault=kernel|uffd,prealloc=on|off`, or just a size.
     fn from_str(text: &str) -> Result<Self, OptionError> {
         let mut config = MemoryConfig::default();
         if !text.contains('=') {
             config.size = options::size(text)?;
             return Ok(config);
         }
-        for (key, value) in options::key_values(text, &["size", "huge", "shared", "fault"])? {
+        for (key, value) in options::key_values(text, &["size", "huge", "shared", "fault", "prealloc"])? {
             match key {
                 "size" => config.size = options::size(value)?,
                 "shared" => config.shared = options::on_off(key, value)?,
+                "prealloc" => config.prealloc = options::on_off(key, value)?,
                 "fault" => {
                     config.fault = match value {
                         "kernel" => Faults::Kernel,
@@ -189,6 +198,14 @@ pub enum MemoryError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// It cannot be had at once.
+    #[error("cannot allocate {} of guest memory: {source}; ask for less, or leave prealloc off", human_size(*.size))]
+    Populate {
+        /// Bytes that were to be there.
+        size: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// vm-memory refused a region; the layout is ours, so it is a fault of ours.
     #[error("guest memory layout refused: {0}")]
     Layout(String),
@@ -223,7 +240,7 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Maps RAM as `config` says. Touches none of it.
+    /// Maps RAM as `config` says. Touches none of it, unless it is to be there at once.
     ///
     /// # Errors
     /// See [`MemoryError`].
@@ -256,6 +273,10 @@ impl Ram {
                 // report says so.
                 let _ = mapping.advise(0, low, HugeAdvice::Small);
                 let _ = mapping.advise(low, len as usize - low, advice);
+            }
+            // With faults served here, what is there is nobody's fault any more.
+            if config.prealloc {
+                mapping.populate().map_err(|source| MemoryError::Populate { size: len, source })?;
             }
             views.push(view(&mapping, gpa)?);
             regions.push(RamRegion { gpa, len, mapping });

@@ -12,7 +12,7 @@ use dirty_track::log::{
     CHUNK_PAGES, Compression, EpochWriter, Header, LogWriter, Span, StreamId, WriteError,
 };
 use dirty_track::tracker::Guarantees;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::lane::{Cancel, Lane};
 use super::note::{Hello, Note, NoteError, VERSION};
@@ -23,6 +23,7 @@ use crate::dump::{self, CREATOR};
 use crate::memory::{GuestRam, Ram};
 use crate::snapshot::Shape;
 use crate::state::{MachineState, parts};
+use crate::sys::guest_io;
 
 /// How to migrate.
 #[derive(Clone, Debug, PartialEq)]
@@ -367,15 +368,8 @@ pub(super) type Zeros = [bool; LEAVES_PER_BLOCK as usize];
 
 /// Finds out which of the pages of `range`, at most a block, are all zeros at this moment.
 pub(super) fn zeros(ram: &GuestRam, range: PageRange, zeros: &mut Zeros) -> Result<(), GuestMemoryError> {
-    let mut copy = [0; PAGE_BYTES];
     for (gfn, zero) in range.iter().zip(zeros) {
-        let at = GuestAddress(gfn.gpa().0);
-        // Most pages that are not zeros do not begin with them.
-        let begins: u64 = ram.read_obj(at)?;
-        if begins == 0 {
-            ram.read_slice(&mut copy, at)?;
-            *zero = copy == [0; PAGE_BYTES];
-        }
+        *zero = guest_io::is_zero(&ram.get_slice(GuestAddress(gfn.gpa().0), PAGE_BYTES)?);
     }
     Ok(())
 }

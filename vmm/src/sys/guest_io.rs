@@ -80,6 +80,16 @@ pub(crate) fn random<B: BitmapSlice>(buffer: &VolatileSlice<'_, B>) -> io::Resul
     result
 }
 
+/// Whether all of `memory`, at most a page, is zeros at this moment.
+pub(crate) fn is_zero<B: BitmapSlice>(memory: &VolatileSlice<'_, B>) -> bool {
+    static ZEROS: [u8; 4096] = [0; 4096];
+    let guard = memory.ptr_guard();
+    let len = guard.len().min(ZEROS.len());
+    // SAFETY: both ranges have `len` bytes that stay mapped during the call. The guest may write meanwhile; the C library
+    // only compares, and what it answers was true of each byte at some moment of the call.
+    unsafe { libc::memcmp(guard.as_ptr().cast(), ZEROS.as_ptr().cast(), len) == 0 }
+}
+
 fn to_off_t(offset: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
