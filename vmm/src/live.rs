@@ -331,7 +331,7 @@ impl Observer {
     pub fn close_epoch_with(
         &mut self,
         still: bool,
-        look: impl FnOnce(&Harvest<'_>, f64),
+        look: impl FnOnce(&mut Harvest<'_>, f64),
     ) -> Result<Epoch, LiveError> {
         let machine = Arc::clone(&self.machine);
         let boundary = Instant::now();
@@ -342,7 +342,7 @@ impl Observer {
         let just_attached = self.attach_ledger()?;
         let unit = self.tracker.guarantees().granularity;
         let harvesting = Instant::now();
-        let harvest = self.tracker.harvest()?;
+        let mut harvest = self.tracker.harvest()?;
         let ended = Instant::now();
         let mut agreement = None;
         if let Some(ledger) = &mut self.ledger {
@@ -376,7 +376,7 @@ impl Observer {
         let dirty_blocks = harvest.dirty_blocks();
         let map = picture(&harvest);
         remember(&self.ever, &harvest);
-        look(&harvest, seconds);
+        look(&mut harvest, seconds);
         let stall = if held.is_some() { boundary.elapsed() } else { stall };
         drop(held);
         harvest.commit();

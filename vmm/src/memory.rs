@@ -13,8 +13,9 @@ use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use dirty_track::addr::PageRange;
+use dirty_track::addr::{Gpa, PAGE_SIZE, PageRange};
 use dirty_track::region::RegionBitmap;
+use dirty_track::sys::pagemap::{Found, Pagemap};
 use serde::Serialize;
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
@@ -222,6 +223,27 @@ pub struct RamRegion {
 }
 
 impl RamRegion {
+    /// Appends what of it is mapped, or swapped out, and is not the zero page. False: the kernel does not tell.
+    fn touched(&self, pagemap: &Pagemap, touched: &mut Vec<PageRange>) -> bool {
+        let (start, end) = (self.hva() as u64, self.hva() as u64 + self.len);
+        let (mut at, mut found) = (start, [Found::NOTHING; 64]);
+        while at < end {
+            let Ok((runs, next)) = pagemap.mapped(at, end, &mut found) else { return false };
+            for run in found[..runs].iter().filter(|run| !run.is_zero()) {
+                let addresses = run.addresses();
+                touched.push(PageRange {
+                    start: Gpa(self.gpa + addresses.start - start).gfn(),
+                    pages: (addresses.end - addresses.start) / PAGE_SIZE,
+                });
+            }
+            if next <= at {
+                return false;
+            }
+            at = next;
+        }
+        true
+    }
+
     /// Where the monitor sees the region.
     pub fn hva(&self) -> usize {
         self.mapping.addr() as usize
@@ -298,6 +320,25 @@ impl Ram {
     /// What was asked for.
     pub fn config(&self) -> MemoryConfig {
         self.config
+    }
+
+    /// What of memory may be anything but zeros: all that somebody has touched; everything, where that is not known, because
+    /// there is another source of pages than the kernel's zeros, or the kernel does not tell (before Linux 6.7).
+    pub fn maybe_nonzero(&self) -> Vec<PageRange> {
+        let mut touched = Vec::new();
+        let zeros = !self.config.shared && self.config.fault == Faults::Kernel;
+        match Pagemap::open() {
+            Ok(pagemap)
+                if zeros && self.regions.iter().all(|region| region.touched(&pagemap, &mut touched)) =>
+            {
+                touched
+            }
+            _ => self
+                .regions
+                .iter()
+                .map(|region| PageRange { start: Gpa(region.gpa).gfn(), pages: region.len / PAGE_SIZE })
+                .collect(),
+        }
     }
 
     /// Drops the contents of `range`, which is in one memslot of private memory: its pages are missing from then on, until
@@ -455,6 +496,24 @@ mod tests {
         assert!(ram.hva(layout::HOLE_START).is_none());
         ram.mem().write_obj(7u8, GuestAddress(64 << 30)).unwrap();
         assert!(ram.mem().write_obj(7u8, GuestAddress(65 << 30)).is_err());
+    }
+
+    #[test]
+    fn what_was_touched_may_be_anything() {
+        let pages = |ram: &Ram| ram.maybe_nonzero().iter().map(|range| range.pages).sum::<u64>();
+        let ram = Ram::new(config("size=64M,huge=none")).unwrap();
+        let all = (64 << 20) / PAGE_SIZE;
+        let untouched = pages(&ram);
+        assert!(untouched == 0 || untouched == all, "{untouched}");
+        ram.mem().write_obj(7u8, GuestAddress(3 << 20)).unwrap();
+        let mut byte = [1];
+        ram.mem().read_slice(&mut byte, GuestAddress(5 << 20)).unwrap();
+        if untouched == 0 {
+            // What was only read is the zero page still.
+            assert_eq!(ram.maybe_nonzero(), [PageRange { start: Gpa(3 << 20).gfn(), pages: 1 }]);
+        }
+        // A memfd may have what this process has not mapped.
+        assert_eq!(pages(&Ram::new(config("size=64M,shared=on")).unwrap()), all);
     }
 
     #[test]

@@ -489,6 +489,7 @@ impl Watch {
             report,
             began,
             brake: None,
+            shadow: None,
         };
         let report = drive.run(copying);
         show.migrated(&report);

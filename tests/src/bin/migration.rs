@@ -210,7 +210,16 @@ fn by_qemu(cli: &Cli, qemu: &Qemu, elf: &Path, way: Way, rate: &str) -> Result<M
         let mut command = qemu.loader();
         command.arg(qemu.executable()).arg("-L").arg(qemu.tree.join("usr/share/qemu"));
         command.arg("-L").arg(qemu.tree.join("usr/share/seabios"));
-        command.args(["-M", "microvm,pit=off,rtc=off,memory-backend=ram", "-cpu", "host", "-smp", "1"]);
+        command.args([
+            "-M",
+            "microvm,pit=off,rtc=off,memory-backend=ram",
+            "-bios",
+            "qboot.rom",
+            "-cpu",
+            "host,arch-capabilities=off",
+            "-smp",
+            "1",
+        ]);
         command.args(["-accel", if way.ring { "kvm,dirty-ring-size=4096" } else { "kvm" }]);
         command.args(["-m", &format!("{}M", cli.memory)]);
         command.args(["-object", &format!("memory-backend-ram,id=ram,size={}M,prealloc=on", cli.memory)]);

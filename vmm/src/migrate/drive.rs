@@ -4,7 +4,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use dirty_track::addr::PageRange;
+use dirty_track::log::Span;
+use dirty_track::refine::{Shadow, refine};
+use dirty_track::tracker::Harvest;
 
 use super::lane::Cancel;
 use super::report::{MigrationReport, Phase};
@@ -15,6 +17,7 @@ use crate::brake::Brake;
 use crate::dump;
 use crate::live::{Epoch, Observer};
 use crate::machine::Machine;
+use crate::memory::{self, Ram};
 use crate::snapshot::Shape;
 
 /// A migration under way.
@@ -29,6 +32,8 @@ pub(crate) struct Drive<'a> {
     pub(crate) show: &'a mut dyn FnMut(&Epoch),
     pub(crate) report: MigrationReport,
     pub(crate) began: Instant,
+    /// What was sent of pages that may have been written, or not: begins with `None`.
+    pub(crate) shadow: Option<Mutex<Shadow>>,
     /// Holds the guest back if need be.
     pub(crate) brake: Option<Brake>,
 }
@@ -65,9 +70,19 @@ impl Drive<'_> {
     }
 
     /// Closes an epoch, and returns what was written in it, and how much by each vCPU if that is known.
-    fn owed(&mut self) -> Result<(Vec<PageRange>, Vec<u64>), MigrateError> {
+    fn owed(&mut self) -> Result<(Vec<Span>, Vec<u64>), MigrateError> {
         let mut runs = Vec::new();
-        let epoch = self.observer.close_epoch_with(false, |harvest, _| runs.extend(harvest.runs()));
+        let (ram, shadow) = (self.machine.ram(), &mut self.shadow);
+        let mut refined = Ok(());
+        let epoch = self.observer.close_epoch_with(false, |harvest, _| {
+            if harvest.coarse_count() > 0 && shadow.is_none() && has_room(ram) {
+                let frames = harvest.slots().iter().map(|slot| slot.frames());
+                *shadow = Some(Mutex::new(Shadow::new(frames)));
+            }
+            refined = refined_by(harvest, ram, shadow);
+            runs.extend(harvest.slots().iter().flat_map(dump::spans));
+        });
+        refined?;
         let epoch = epoch.map_err(|error| MigrateError::Machine(error.to_string()))?;
         (self.show)(&epoch);
         Ok((runs, epoch.vcpu_pages))
@@ -86,11 +101,12 @@ impl Drive<'_> {
         let mut rounds = Rounds::default();
         // What is written from here on is owed after the first round.
         self.owed()?;
-        let mut runs: Vec<PageRange> = dump::slots(&ram).iter().map(|slot| slot.frames()).collect();
+        let untold = |range| Span { range, flags: 0 };
+        let mut runs: Vec<Span> = ram.maybe_nonzero().into_iter().map(untold).collect();
         loop {
             self.report.owed = pages(&runs);
             (self.tell)(&self.report);
-            let sent = copying.send(&ram, &runs)?;
+            let sent = copying.send(&ram, &runs, self.shadow.as_ref())?;
             self.sent(&sent);
             let written_by;
             (runs, written_by) = self.owed()?;
@@ -116,7 +132,7 @@ impl Drive<'_> {
     }
 
     /// The guest stands still, `owed` and what it wrote since is sent, or left for `later`, and it is given away.
-    fn stop(&mut self, copying: Copying, owed: &[PageRange], later: bool) -> Result<(), MigrateError> {
+    fn stop(&mut self, copying: Copying, owed: &[Span], later: bool) -> Result<(), MigrateError> {
         self.report.phase = Phase::Still;
         (self.tell)(&self.report);
         let machine = Arc::clone(self.machine);
@@ -125,10 +141,11 @@ impl Drive<'_> {
         // What devices wrote is in the last epoch, and they write nothing after it.
         let devices = machine.platform().pause();
         let mut outcome = Err(MigrateError::Cancelled);
-        let (mut last, cancel) = (Sent::default(), self.cancel);
+        let (mut last, cancel, shadow) = (Sent::default(), self.cancel, &self.shadow);
         let closed = self.observer.close_epoch_with(true, |harvest, _| {
-            let runs: Vec<PageRange> = harvest.runs().collect();
             let give_away = || {
+                refined_by(harvest, ram, shadow)?;
+                let runs: Vec<Span> = harvest.slots().iter().flat_map(dump::spans).collect();
                 let mut still = copying.stand_still();
                 for runs in [owed, &runs] {
                     match later {
@@ -212,8 +229,25 @@ fn writers(written_by: &[u64], cpus: usize) -> Vec<u8> {
     (0..cpus as u8).filter(busy).collect()
 }
 
-fn pages(runs: &[PageRange]) -> u64 {
-    runs.iter().map(|run| run.pages).sum()
+/// Whether what was sent of all of `ram` can be kept beside it.
+fn has_room(ram: &Ram) -> bool {
+    memory::available().is_some_and(|available| ram.config().size <= available / 2)
+}
+
+/// Takes out of `harvest` what may have been written and has not changed since it was sent.
+fn refined_by(
+    harvest: &mut Harvest<'_>,
+    ram: &Ram,
+    shadow: &Option<Mutex<Shadow>>,
+) -> Result<(), MigrateError> {
+    let Some(shadow) = shadow else { return Ok(()) };
+    let shadow = shadow.lock().unwrap_or_else(PoisonError::into_inner);
+    let refined = refine(harvest, ram.mem(), &*shadow);
+    refined.map(drop).map_err(|error| MigrateError::Machine(error.to_string()))
+}
+
+fn pages(runs: &[Span]) -> u64 {
+    runs.iter().map(|run| run.range.pages).sum()
 }
 
 #[cfg(test)]

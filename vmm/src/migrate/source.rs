@@ -4,13 +4,15 @@
 //! be done in a step is what its type has, and who has given the machine away has nothing left to run it with.
 
 use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use dirty_track::addr::{Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
 use dirty_track::log::{
-    CHUNK_PAGES, Compression, EpochWriter, Header, LogWriter, Span, StreamId, WriteError,
+    CHUNK_PAGES, Compression, EpochWriter, Header, LogWriter, Span, StreamId, WriteError, flags,
 };
+use dirty_track::refine::Shadow;
 use dirty_track::tracker::Guarantees;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
@@ -164,8 +166,13 @@ impl Copying {
         })
     }
 
-    /// Sends the contents of `ranges`, as they are now.
-    pub(crate) fn send(&mut self, ram: &Ram, ranges: &[PageRange]) -> Result<Sent, MigrateError> {
+    /// Sends the contents of `spans`, as they are now. With a `shadow`, what is sent of coarse ones is recorded there.
+    pub(crate) fn send(
+        &mut self,
+        ram: &Ram,
+        spans: &[Span],
+        shadow: Option<&Mutex<Shadow>>,
+    ) -> Result<Sent, MigrateError> {
         let began = Instant::now();
         let at_ns = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let before: u64 = self.lanes.iter().map(|log| log.out().sent()).sum();
@@ -173,11 +180,25 @@ impl Copying {
         let send = |lane: u64, log: &mut LogWriter<Lane>| -> Result<(u64, u64), WriteError> {
             let first = log.out().sent();
             let mut epoch = log.epoch(at_ns, 0)?;
-            for range in ranges.iter().flat_map(|range| blocks(*range)) {
+            let parts =
+                spans.iter().flat_map(|span| blocks(span.range).map(move |range| (range, span.flags)));
+            for (range, flags) in parts {
                 // A page always takes the same way, so what is sent later arrives later.
                 if range.start.block() % count == lane {
-                    epoch.ranges([Span { range, flags: 0 }])?;
-                    contents(&mut epoch, range, ram, compress)?;
+                    epoch.ranges([Span { range, flags }])?;
+                    match shadow {
+                        Some(shadow) if flags & flags::COARSE != 0 => {
+                            remembered(&mut epoch, range, ram, shadow)?;
+                        }
+                        shadow => {
+                            contents(&mut epoch, range, ram, compress)?;
+                            // It is not what was recorded.
+                            let mut shadow = shadow.map(lock);
+                            shadow
+                                .iter_mut()
+                                .for_each(|shadow| range.iter().for_each(|gfn| shadow.forget(gfn)));
+                        }
+                    }
                     pace.keep(began, epoch.out().sent() - first)?;
                 }
             }
@@ -237,14 +258,15 @@ impl Copying {
 pub(crate) struct Still(Copying);
 
 impl Still {
-    /// Sends the contents of `ranges`, which do not change any more.
-    pub(crate) fn send(&mut self, ram: &Ram, ranges: &[PageRange]) -> Result<Sent, MigrateError> {
-        self.0.send(ram, ranges)
+    /// Sends the contents of `spans`, which do not change any more.
+    pub(crate) fn send(&mut self, ram: &Ram, spans: &[Span]) -> Result<Sent, MigrateError> {
+        self.0.send(ram, spans, None)
     }
 
-    /// Says which pages the destination has to ask for: those of `ranges`, which change no more.
-    pub(crate) fn leave(&mut self, ranges: &[PageRange]) -> Result<(), MigrateError> {
-        for record in postcopy::records(ranges) {
+    /// Says which pages the destination has to ask for: those of `spans`, which change no more.
+    pub(crate) fn leave(&mut self, spans: &[Span]) -> Result<(), MigrateError> {
+        let ranges: Vec<_> = spans.iter().map(|span| span.range).collect();
+        for record in postcopy::records(&ranges) {
             self.0.lanes[0].state(postcopy::MISSING, &record)?;
         }
         Ok(())
@@ -329,6 +351,29 @@ fn blocks(range: PageRange) -> impl Iterator<Item = PageRange> {
             at = end;
             part
         })
+    })
+}
+
+fn lock(shadow: &Mutex<Shadow>) -> MutexGuard<'_, Shadow> {
+    // A page that was half recorded when somebody panicked ends the migration with it.
+    shadow.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sends the contents of `range` and records what was sent.
+fn remembered(
+    epoch: &mut EpochWriter<'_, Lane>,
+    range: PageRange,
+    ram: &Ram,
+    shadow: &Mutex<Shadow>,
+) -> Result<(), WriteError> {
+    epoch.pages(range, |gpa, to| {
+        ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other)?;
+        let (pages, _) = to.as_chunks::<PAGE_BYTES>();
+        let mut shadow = lock(shadow);
+        for (page, contents) in pages.iter().enumerate() {
+            shadow.record(Gfn(gpa.gfn().0 + page as u64), contents);
+        }
+        Ok(())
     })
 }
 
