@@ -96,7 +96,14 @@ fn cmdline(cli: &Cli, rate: &str) -> String {
     };
     // The guest keeps a ledger beside its region.
     let region = cli.memory - cli.memory / 16;
-    format!("workload=rand region={region}M rate={rate} reads=0 passes=0 nonzero=on quiet=on")
+    let tsc_khz = tsc_khz().map_or(String::new(), |khz| format!("tsc_khz={khz} "));
+    format!("{tsc_khz}workload=rand region={region}M rate={rate} reads=0 passes=0 nonzero=on quiet=on")
+}
+
+/// What KVM says of the time-stamp counter; QEMU's command line does not tell the guest.
+fn tsc_khz() -> Option<u32> {
+    let kvm = vmm::machine::open_kvm().ok()?;
+    kvm.create_vm().ok()?.create_vcpu(0).ok()?.get_tsc_khz().ok()
 }
 
 fn by_vmm(cli: &Cli, vmm: &Path, rate: &str) -> Result<Moved, Failure> {
