@@ -8,9 +8,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use dirty_track::fault::{
-    Age, Config, Counts, FaultError, ParseError, Policies, Prefault, Server, Source, Split, WorkingSet,
+    Age, Config, Counts, FaultError, PageSource, ParseError, Policies, Prefault, Server, Source, Split, WorkingSet,
 };
 use dirty_track::stage2::SecondLevel;
 use dirty_track::tracker::Slot;
@@ -54,6 +55,8 @@ pub struct FaultConfig {
     pub policies: Policies,
     /// What an earlier run touched, for [`Prefault::Recorded`].
     pub working_set: WorkingSet,
+    /// Where pages come from, if they are not zeros. What of it nobody touches is brought in meanwhile.
+    pub source: Option<Arc<dyn PageSource>>,
 }
 
 /// Why a working set cannot be read or written.
@@ -116,15 +119,17 @@ pub fn start(
     config: FaultConfig,
 ) -> Result<Server, FaultError> {
     // A memfd's pages are its cache's; hugetlb is filled page by page all the same.
+    let FaultConfig { policies, working_set, source } = config;
+    let fetched = source.is_some();
     let source = match memory.shared && memory.huge.hugetlb_shift().is_none() {
+        _ if fetched => source.map_or(Source::Zero, Source::Fetch),
         true => Source::Shared,
         false => Source::Zero,
     };
     let slots = slots.into_iter().map(|slot| (slot, source.clone())).collect();
-    let FaultConfig { policies, working_set } = config;
     // A handler has time for the faults of some vCPUs: each sleeps through most of its own.
     let handlers = usize::from(cpus).div_ceil(CPUS_PER_HANDLER);
-    Server::start(slots, Config { policies, working_set, handlers })
+    Server::start(slots, Config { policies, working_set, handlers, fill: fetched })
 }
 
 const CPUS_PER_HANDLER: usize = 8;

@@ -10,13 +10,15 @@
 //! memory-mapped I/O; the vCPU waits for the memslot and makes the access itself. That is right for data and
 //! impossible for instructions and page tables, so only a guest that keeps these low is started this way.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
-use dirty_track::fault::{FaultError, FaultTracker, Server};
+use dirty_track::addr::PageRange;
+use dirty_track::fault::{FaultError, FaultTracker, PageSource, Server};
 use dirty_track::sys::kvm;
 use dirty_track::sys::stats::{Stats, StatsError};
 use dirty_track::tracker::{
@@ -163,6 +165,9 @@ pub enum MachineError {
     /// The state that it is to go on from.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The processor that it was on.
+    #[error(transparent)]
+    Cpuid(#[from] cpuid::CpuidError),
     /// A system resource.
     #[error("cannot {what}: {source}")]
     System {
@@ -242,6 +247,37 @@ impl Outcome {
     }
 }
 
+/// Where the guest's pages come from. One that cannot be had ends the machine: it is never given anything else instead.
+struct OrEnd {
+    source: Arc<dyn PageSource>,
+    outcome: Arc<Outcome>,
+    gate: Arc<Gate>,
+}
+
+impl fmt::Debug for OrEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.source.fmt(f)
+    }
+}
+
+impl OrEnd {
+    fn end(&self, error: io::Error) -> io::Error {
+        self.outcome.report(End::Failed(format!("the guest cannot go on: {error}")));
+        self.gate.stop();
+        error
+    }
+}
+
+impl PageSource for OrEnd {
+    fn fetch(&self, pages: PageRange, into: &mut [u8]) -> io::Result<()> {
+        self.source.fetch(pages, into).map_err(|error| self.end(error))
+    }
+
+    fn filled(&self, pages: PageRange, take: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+        self.source.filled(pages, take).map_err(|error| self.end(error))
+    }
+}
+
 impl Machine {
     /// Builds the machine, ready to [`start`](Machine::start).
     ///
@@ -256,6 +292,16 @@ impl Machine {
             return Err(MachineError::Cpus { asked: config.cpus, max });
         }
 
+        if let Some(from) = &config.from {
+            cpuid::check(&kvm, module, &from.state)?;
+        }
+        let gate = Arc::new(Gate::new(usize::from(config.cpus)));
+        let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
+        let outcome = Arc::new(Outcome { end: Mutex::new(None), ended });
+        if let Some(source) = config.fault.source.take() {
+            let (outcome, gate) = (Arc::clone(&outcome), Arc::clone(&gate));
+            config.fault.source = Some(Arc::new(OrEnd { source, outcome, gate }));
+        }
         let (ram, state) = match config.from.take() {
             Some(from) => (from.ram, Some(from.state)),
             None => (Ram::new(config.memory)?, None),
@@ -297,7 +343,6 @@ impl Machine {
         timing.mark(Phase::Vm);
 
         let base = cpuid::supported(&kvm, module).map_err(kvm_error("ask for the supported CPUID"))?;
-        let gate = Arc::new(Gate::new(usize::from(config.cpus)));
         let mut waiting = Vec::with_capacity(usize::from(config.cpus));
         let mut vcpu_stats = Vec::with_capacity(usize::from(config.cpus));
         for id in 0..config.cpus {
@@ -328,8 +373,6 @@ impl Machine {
         }
         timing.mark(Phase::Loaded);
 
-        let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
-        let outcome = Arc::new(Outcome { end: Mutex::new(None), ended });
         Ok(Machine {
             threads: Mutex::new(Threads { waiting, running: Vec::new() }),
             vm,
@@ -399,6 +442,11 @@ impl Machine {
         self.gate.close(|| self.kick());
     }
 
+    /// Keeps vCPUs that have not been started yet from running when they are, until [`release`](Machine::release).
+    pub fn hold_start(&self) {
+        self.gate.shut();
+    }
+
     /// Undoes one [`hold`](Machine::hold).
     pub fn release(&self) {
         self.gate.open();
@@ -420,6 +468,11 @@ impl Machine {
     pub fn stop(&self) {
         self.gate.stop();
         self.kick();
+        if let Some(server) = &self.fault {
+            // Who waits for a page that cannot be had would wait for ever. It does not run on with what it gets: the kick is
+            // pending.
+            server.let_go();
+        }
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads.running {
             // A panicked vCPU thread has printed its message; there is nothing to add.

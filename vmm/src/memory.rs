@@ -9,6 +9,7 @@
 //! 2.4 ms, measured on a nested host), and the legacy holes below 1 MiB would split the block anyway.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -219,6 +220,7 @@ pub struct Ram {
     mem: GuestRam,
     regions: Vec<RamRegion>,
     config: MemoryConfig,
+    anonymous: bool,
 }
 
 impl Ram {
@@ -227,6 +229,19 @@ impl Ram {
     /// # Errors
     /// See [`MemoryError`].
     pub fn new(config: MemoryConfig) -> Result<Ram, MemoryError> {
+        Ram::made_of(config, None)
+    }
+
+    /// RAM that begins as what is in `file`, which has the byte of each guest-physical address at that offset. What is
+    /// written to it stays its own.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn of_file(config: MemoryConfig, file: &File) -> Result<Ram, MemoryError> {
+        Ram::made_of(config, Some(file))
+    }
+
+    fn made_of(config: MemoryConfig, file: Option<&File>) -> Result<Ram, MemoryError> {
         if config.size < MIN_SIZE || config.size > MAX_SIZE {
             return Err(MemoryError::Size(config.size));
         }
@@ -241,7 +256,14 @@ impl Ram {
         let ranges = ranges.into_iter().filter(|(_, len)| *len > 0);
         let (mut regions, mut views) = (Vec::with_capacity(3), Vec::with_capacity(3));
         for (gpa, len) in ranges {
-            let mapping = map(config, len)?;
+            let mapping = match file {
+                Some(file) => {
+                    let backing = Backing::Private { file, offset: gpa };
+                    let mapped = Mapping::new(len as usize, BLOCK as usize, backing);
+                    mapped.map_err(|source| MemoryError::Map { size: config.size, source })?
+                }
+                None => map(config, len)?,
+            };
             if config.huge.hugetlb_shift().is_none() {
                 // Where a thread of this process brings every page, the kernel would still clear a huge one at
                 // each first fault of a block, only to find that the fault is not its own
@@ -260,7 +282,7 @@ impl Ram {
             regions.push(RamRegion { gpa, len, mapping });
         }
         let mem = GuestRam::from_regions(views).map_err(|e| MemoryError::Layout(e.to_string()))?;
-        Ok(Ram { mem, regions, config })
+        Ok(Ram { mem, regions, config, anonymous: file.is_none() && !config.shared })
     }
 
     /// Memory by guest-physical address.
@@ -276,6 +298,11 @@ impl Ram {
     /// What was asked for.
     pub fn config(&self) -> MemoryConfig {
         self.config
+    }
+
+    /// Whether what is not there is zeros, and in no file.
+    pub fn is_anonymous(&self) -> bool {
+        self.anonymous
     }
 
     /// Host address of the byte at `gpa`, if it is RAM.

@@ -26,11 +26,11 @@ use crate::forecast::Link;
 use crate::host::KvmModule;
 use crate::live::{LiveError, Totals};
 use crate::machine::{From, Machine, MachineConfig, MachineError};
-use crate::memory::MemoryConfig;
+use crate::memory::{Faults, MemoryConfig};
 use crate::observe::{Observers, Observing, Plan};
 use crate::panel::{self, Subject};
 use crate::show::{Show, Start, Summary, To};
-use crate::snapshot::{self, Shape, SnapshotError};
+use crate::snapshot::{self, Restore, Restored, Shape, SnapshotError};
 use crate::sys::signals::Signals;
 use crate::sys::tty::RawMode;
 use crate::terminal::{Terminal, restore_on_panic};
@@ -83,7 +83,7 @@ pub struct RunConfig {
     /// Where to serve the control socket.
     pub api_socket: Option<PathBuf>,
     /// Go on from this snapshot, which says what the machine is made of.
-    pub restore: Option<PathBuf>,
+    pub restore: Option<Restore>,
 }
 
 /// Why a run failed.
@@ -150,8 +150,16 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
-    let from = config.restore.as_deref().map(|path| snapshot::read(path, config.memory)).transpose()?;
-    let shape = from.as_ref().map_or_else(|| config.shape(), |snapshot| snapshot.shape.clone());
+    let restored = config.restore.as_ref().map(|restore| snapshot::open(restore, config.memory)).transpose()?;
+    let shape = restored.as_ref().map_or_else(|| config.shape(), |restored| restored.saved.shape.clone());
+    let base = restored.as_ref().map(|restored| restored.base.clone());
+    let held = restored.is_some();
+    let from = restored.map(|Restored { saved, ram, chain, .. }| {
+        if ram.config().fault == Faults::Uffd {
+            config.fault.source = Some(chain);
+        }
+        Box::new(From { ram, state: saved.state })
+    });
     config.memory.size = shape.memory;
     let builtin = shape.builtin;
     restore_on_panic();
@@ -173,7 +181,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         timing: timing.clone(),
         doorman: None,
         fault: config.fault.clone(),
-        from: from.map(|snapshot| Box::new(From { ram: snapshot.ram, state: snapshot.state })),
+        from,
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
     })?);
     let observers = Observers {
@@ -184,6 +192,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         owners: config.owners,
         working_set: config.working_set,
         shape,
+        base,
     };
     let eye = observers.eye(config.track)?;
     let chosen_because = eye.chosen_because;
@@ -239,6 +248,9 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         }
         None => None,
     };
+    if held {
+        machine.hold_start();
+    }
     machine.start()?;
     show.start(&Start {
         memory: config.memory,
@@ -251,7 +263,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     if !builtin && machine.module() == KvmModule::Pvm {
         show.note(PVM_HINT);
     }
-    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet };
+    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet, held };
     let observing = Observing::start((commands, orders), observers, eye, show, board, plan, another(&quit)?)
         .map_err(system("start the observer thread"))?;
     while !control.lock().unwrap_or_else(PoisonError::into_inner).ended {
