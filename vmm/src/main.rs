@@ -112,9 +112,9 @@ enum DirtyVerb {
 
 #[derive(Subcommand)]
 enum LogVerb {
-    /// What is in a log, and whether it is whole
+    /// What is in a log or a snapshot, and whether it is whole
     Info {
-        /// The log; - for standard input
+        /// The log, - for standard input; or the directory of a snapshot
         log: std::path::PathBuf,
         /// Print JSON
         #[arg(long)]
@@ -140,6 +140,15 @@ enum LogVerb {
         #[arg(long, group = "form")]
         csv: bool,
     },
+    /// Make one full snapshot of a snapshot and all that it builds on
+    Merge {
+        /// The snapshot
+        #[arg(value_name = "DIR")]
+        snapshot: std::path::PathBuf,
+        /// The snapshot to make. One that is there is replaced
+        #[arg(short, long, value_name = "DIR")]
+        output: std::path::PathBuf,
+    },
     /// Make an image of memory as it was at the log's end
     Apply {
         /// A log with contents; - for standard input
@@ -151,9 +160,9 @@ enum LogVerb {
         #[arg(short, long, value_name = "IMAGE")]
         output: std::path::PathBuf,
     },
-    /// Check that a log is whole, and that an image is what the log says
+    /// Check that a log or a snapshot is whole, and that an image is what the log says
     Verify {
-        /// The log; - for standard input
+        /// The log, - for standard input; or the directory of a snapshot, with all that it builds on
         log: std::path::PathBuf,
         /// Image of memory as it was at the log's end
         #[arg(long)]
@@ -398,6 +407,7 @@ fn log_verb(verb: LogVerb) -> Result<(), LogfileError> {
         LogVerb::Export { log, csv, .. } => {
             logfile::export(&log, if csv { Export::Csv } else { Export::Json })
         }
+        LogVerb::Merge { snapshot, output } => logfile::merge(&snapshot, &output),
         LogVerb::Apply { log, base, output } => logfile::apply(&log, base.as_deref(), &output),
         LogVerb::Verify { log, image } => logfile::verify(&log, image.as_deref()),
         LogVerb::Heatmap { log, output } => logfile::heatmap(&log, output.as_deref()),

@@ -31,7 +31,7 @@ use crate::observe::{Observers, Observing, Plan};
 use crate::panel::{self, Subject};
 use crate::show::{Show, Start, Summary, To};
 use crate::snapshot::{self, Restore, Restored, Shape, SnapshotError};
-use crate::sys::signals::Signals;
+use crate::sys::signals::{Signals, ignore};
 use crate::sys::tty::RawMode;
 use crate::terminal::{Terminal, restore_on_panic};
 use crate::timing::Timing;
@@ -162,6 +162,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     });
     config.memory.size = shape.memory;
     let builtin = shape.builtin;
+    // A file that cannot become longer is an error of whoever writes it, and no reason to end.
+    ignore(libc::SIGXFSZ).map_err(system("take over signals"))?;
     restore_on_panic();
     // A guest that does not listen to its console leaves Ctrl-C to the user.
     let stdin = io::stdin();

@@ -8,7 +8,7 @@ use std::io::{self, BufReader};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use dirty_track::addr::{Gfn, PageRange};
+use dirty_track::addr::{Gfn, PAGE_BYTES, PageRange};
 use dirty_track::fault::PageSource;
 use dirty_track::image::{ImageError, ImageReader};
 use dirty_track::log::{Event, Header, LogReader, StreamId};
@@ -121,6 +121,23 @@ impl Layer {
     /// The snapshot that it builds on, as it was given.
     pub fn parent(&self) -> Option<&Path> {
         self.parent.as_ref().map(|(_, path)| path.as_path())
+    }
+
+    /// Reads and checks all of `range`, which it has; what it says is zeros, too. In pieces of `buffer`.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub fn check(&self, range: PageRange, buffer: &mut [u8]) -> Result<(), SnapshotError> {
+        let mut at = range.start;
+        while at < range.end() {
+            let pages = (range.end().0 - at.0).min((buffer.len() / PAGE_BYTES) as u64);
+            let piece = PageRange { start: at, pages };
+            let contents = &mut buffer[..piece.bytes() as usize];
+            self.image.read_raw(piece, contents)?;
+            self.image.check(piece, contents)?;
+            at = piece.end();
+        }
+        Ok(())
     }
 
     /// Whether it has `gfn`, and the frame up to which that is so.
@@ -239,7 +256,7 @@ impl Chain {
         buffer: &mut [u8],
         mut take: impl FnMut(PageRange, &[u8]) -> Result<(), SnapshotError>,
     ) -> Result<(), SnapshotError> {
-        let most = (buffer.len() / dirty_track::addr::PAGE_BYTES).max(1) as u64;
+        let most = (buffer.len() / PAGE_BYTES).max(1) as u64;
         for (part, layer) in self.parts(range) {
             for run in layer.image.filled(part)? {
                 let mut at = run.start;

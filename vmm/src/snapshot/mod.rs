@@ -20,7 +20,7 @@ mod take;
 
 pub use chain::{Chain, Layer, Saved};
 pub use restore::{Mode, Restore, Restored, open};
-pub use take::{Base, Method, Request, SnapshotReport};
+pub use take::{Base, Method, Request, SnapshotReport, merge};
 pub(crate) use take::take;
 
 use std::io;

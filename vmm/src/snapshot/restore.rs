@@ -190,13 +190,7 @@ fn map(chain: &Chain, ram: &Ram, verify: bool) -> Result<(), SnapshotError> {
         for (part, layer) in chain.parts(slot.frames()) {
             if layer.path == *base {
                 if verify {
-                    for at in (part.start.0..part.end().0).step_by(READ / PAGE_BYTES) {
-                        let pages = (part.end().0 - at).min((READ / PAGE_BYTES) as u64);
-                        let range = PageRange { start: Gfn(at), pages };
-                        let bytes = &mut buffer[..range.bytes() as usize];
-                        layer.image.read_raw(range, bytes)?;
-                        layer.image.check(range, bytes)?;
-                    }
+                    layer.check(part, &mut buffer)?;
                 }
                 continue;
             }

@@ -25,7 +25,7 @@ use dirty_track::tracker::{Guarantees, Kind};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::chain::{Layer, end_of, header};
+use super::chain::{Chain, Layer, Saved, end_of, header};
 use super::directory::{MEMORY, Partial, STATE, SUMS, io_error, relative};
 use super::{DEVICES, DIGESTS, PARENT, SHAPE, Shape, SnapshotError, VCPU, VM};
 use crate::dump::{self, CREATOR};
@@ -182,6 +182,29 @@ pub(crate) fn take(
         fault_worst_us: taken.cow.worst_fault_us,
         fault_mean_us: taken.cow.mean_fault_us,
     })
+}
+
+/// Writes one full snapshot of all of `chain` to `place`. Returns how many pages it has that are not zeros.
+///
+/// # Errors
+/// See [`SnapshotError`].
+pub fn merge(chain: &Chain, saved: &Saved, place: &Path) -> Result<u64, SnapshotError> {
+    let newest = chain.newest();
+    let partial = Partial::begin(place)?;
+    let id = dump::stream_id()?;
+    let head = Header { id, parent: None, creator: CREATOR.to_owned(), ..newest.header.clone() };
+    let image = ImageWriter::create(&partial.file(MEMORY), id, end_of(&head))?;
+    let mut buffer = vec![0; COPIED];
+    let ranges: Vec<_> = head.slots.iter().map(|slot| slot.frames()).collect();
+    for range in &ranges {
+        chain.filled(*range, &mut buffer, |range, contents| Ok(image.save(range.start, contents)?))?;
+    }
+    let written = image.finish(&partial.file(SUMS))?;
+    let Saved { shape, state } = saved;
+    let state = parts(shape, state)?;
+    write_state(&partial.file(STATE), head, &ranges, Parts { digests: written.digests, parent: None, state })?;
+    partial.complete()?;
+    Ok(written.pages)
 }
 
 /// What a diff at `path` builds on, which is there still.
@@ -367,12 +390,17 @@ fn frames(ram: &Ram, marks: &DirtyBitmap) -> Vec<PageRange> {
 /// The state of `machine`, which stands still, in parts.
 fn state(machine: &Machine, shape: &Shape) -> Result<Vec<(&'static str, Vec<u8>)>, SnapshotError> {
     let still = machine.pause();
-    let (MachineState { vm, vcpus, devices }, _devices_rest) = still.state()?;
-    let mut parts = vec![(SHAPE, serde_json::to_vec(shape)?), (VM, serde_json::to_vec(&vm)?)];
-    for vcpu in &vcpus {
+    let (state, _devices_rest) = still.state()?;
+    parts(shape, &state)
+}
+
+fn parts(shape: &Shape, state: &MachineState) -> Result<Vec<(&'static str, Vec<u8>)>, SnapshotError> {
+    let MachineState { vm, vcpus, devices } = state;
+    let mut parts = vec![(SHAPE, serde_json::to_vec(shape)?), (VM, serde_json::to_vec(vm)?)];
+    for vcpu in vcpus {
         parts.push((VCPU, serde_json::to_vec(vcpu)?));
     }
-    parts.push((DEVICES, serde_json::to_vec(&devices)?));
+    parts.push((DEVICES, serde_json::to_vec(devices)?));
     Ok(parts)
 }
 
