@@ -231,12 +231,17 @@ fn refused(path: &Path, words: &str) {
     modes.push(vec!["--memory", "mode=map", "--verify"]);
     let mut found = BTreeSet::new();
     for mode in modes {
-        let output = vmm().arg("restore").arg(path).args(["--duration", "1s", "--quiet"]).args(&mode).output();
+        let output =
+            vmm().arg("restore").arg(path).args(["--duration", "1s", "--quiet"]).args(&mode).output();
         let output = output.unwrap();
         let stderr = text(&output.stderr);
         found.insert((output.status.code(), stderr.lines().count()));
         assert!(stderr.contains(words) || stderr.is_empty(), "{mode:?}: not {words}: {stderr}");
-        assert_eq!((output.status.code(), stderr.lines().count()), (Some(1), 1), "{mode:?}: {words}: {stderr}");
+        assert_eq!(
+            (output.status.code(), stderr.lines().count()),
+            (Some(1), 1),
+            "{mode:?}: {words}: {stderr}"
+        );
     }
     assert_eq!(found.len(), 1);
 }
@@ -384,12 +389,15 @@ fn a_monitor_that_is_killed_leaves_a_whole_snapshot() {
     drop(monitor);
     let moments = if e2e::in_rig() { 3 } else { 16 };
     for moment in 0..moments {
-        let monitor = Monitor::start(
-            home.path(),
-            &["restore", full.to_str().unwrap(), "--memory", "mode=eager"],
-        );
+        let monitor =
+            Monitor::start(home.path(), &["restore", full.to_str().unwrap(), "--memory", "mode=eager"]);
         let (place, more): (_, &[&str]) = if moment % 4 == 3 { (&diff, &["--diff"]) } else { (&full, &[]) };
-        let mut client = monitor.snapshot_command(place, more).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut client = monitor
+            .snapshot_command(place, more)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         std::thread::sleep(std::time::Duration::from_micros(2000 + micros * 3 / 2 * moment / moments));
         drop(monitor);
         client.wait().unwrap();
@@ -401,7 +409,8 @@ fn a_monitor_that_is_killed_leaves_a_whole_snapshot() {
             fs::remove_dir_all(&diff).unwrap();
         }
         let entries = fs::read_dir(home.path()).unwrap().map(|entry| entry.unwrap().file_name());
-        let left: Vec<_> = entries.filter(|name| text(name.as_encoded_bytes()).ends_with(".partial")).collect();
+        let left: Vec<_> =
+            entries.filter(|name| text(name.as_encoded_bytes()).ends_with(".partial")).collect();
         assert!(left.len() <= 2, "what a killed monitor leaves is removed by the next: {left:?}");
     }
     let path = full.to_str().unwrap();

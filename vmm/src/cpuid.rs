@@ -1,6 +1,8 @@
 //! What CPU the guest sees: what KVM supports, with the topology of this guest and without what would not
 //! work.
 
+use std::arch::x86_64::__cpuid_count;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
@@ -56,7 +58,9 @@ pub enum CpuidError {
     #[error("cannot ask for the supported CPUID: {0}")]
     Kvm(kvm_ioctls::Error),
     /// Another vendor's.
-    #[error("the guest was on a processor of {found:?}, and this host's is of {host:?}: it cannot go on here")]
+    #[error(
+        "the guest was on a processor of {found:?}, and this host's is of {host:?}: it cannot go on here"
+    )]
     Vendor {
         /// The guest's.
         found: String,
@@ -107,7 +111,13 @@ const FEATURES: [Features; 10] = [
             (30, "rdrand"),
         ],
     },
-    Features { leaf: LEAF_FEATURES, index: 0, register: "EDX", ignored: HTT, names: &[(26, "sse2"), (4, "tsc")] },
+    Features {
+        leaf: LEAF_FEATURES,
+        index: 0,
+        register: "EDX",
+        ignored: HTT,
+        names: &[(26, "sse2"), (4, "tsc")],
+    },
     Features {
         leaf: 7,
         index: 0,
@@ -142,17 +152,44 @@ const FEATURES: [Features; 10] = [
         register: "ECX",
         // OSPKE is the guest's own.
         ignored: 1 << 4,
-        names: &[(1, "avx512vbmi"), (2, "umip"), (3, "pku"), (8, "gfni"), (9, "vaes"), (16, "la57"), (22, "rdpid")],
+        names: &[
+            (1, "avx512vbmi"),
+            (2, "umip"),
+            (3, "pku"),
+            (8, "gfni"),
+            (9, "vaes"),
+            (16, "la57"),
+            (22, "rdpid"),
+        ],
     },
     Features {
         leaf: 7,
         index: 0,
         register: "EDX",
         ignored: 0,
-        names: &[(4, "fsrm"), (22, "amx-bf16"), (24, "amx-tile"), (25, "amx-int8"), (26, "spec-ctrl"), (31, "ssbd")],
+        names: &[
+            (4, "fsrm"),
+            (22, "amx-bf16"),
+            (24, "amx-tile"),
+            (25, "amx-int8"),
+            (26, "spec-ctrl"),
+            (31, "ssbd"),
+        ],
     },
-    Features { leaf: 0xd, index: 0, register: "EAX", ignored: 0, names: &[(2, "xsave of avx"), (5, "xsave of avx-512")] },
-    Features { leaf: 0xd, index: 1, register: "EAX", ignored: 0, names: &[(0, "xsaveopt"), (1, "xsavec"), (3, "xsaves")] },
+    Features {
+        leaf: 0xd,
+        index: 0,
+        register: "EAX",
+        ignored: 0,
+        names: &[(2, "xsave of avx"), (5, "xsave of avx-512")],
+    },
+    Features {
+        leaf: 0xd,
+        index: 1,
+        register: "EAX",
+        ignored: 0,
+        names: &[(0, "xsaveopt"), (1, "xsavec"), (3, "xsaves")],
+    },
     Features {
         leaf: LEAF_KVM_FEATURES,
         index: 0,
@@ -181,7 +218,18 @@ const FEATURES: [Features; 10] = [
 /// # Errors
 /// See [`CpuidError`].
 pub fn check(kvm: &Kvm, module: KvmModule, state: &MachineState) -> Result<(), CpuidError> {
-    let supported = supported(kvm, module).map_err(CpuidError::Kvm)?;
+    let mut supported = supported(kvm, module).map_err(CpuidError::Kvm)?;
+    if module == KvmModule::Pvm {
+        // It adds the processor's own features to these leaves, whatever it is told.
+        for entry in supported.as_mut_slice().iter_mut().filter(|entry| matches!(entry.function, 1 | 7 | 0xd))
+        {
+            let own = __cpuid_count(entry.function, entry.index);
+            entry.eax |= own.eax;
+            entry.ebx |= own.ebx;
+            entry.ecx |= own.ecx;
+            entry.edx |= own.edx;
+        }
+    }
     state.vcpus.iter().try_for_each(|vcpu| compare(vcpu.cpuid(), supported.as_slice()))
 }
 
@@ -208,7 +256,9 @@ fn compare(wanted: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Resul
         let lacks = value(find(wanted, leaf, index)) & !value(find(supported, leaf, index)) & !ignored;
         for bit in (0..u32::BITS).filter(|bit| lacks >> bit & 1 != 0) {
             let name = names.iter().find(|(named, _)| *named == bit).map(|(_, name)| (*name).to_owned());
-            missing.push(name.unwrap_or_else(|| format!("bit {bit} of {register} of CPUID leaf {leaf:#x}.{index}")));
+            missing.push(
+                name.unwrap_or_else(|| format!("bit {bit} of {register} of CPUID leaf {leaf:#x}.{index}")),
+            );
         }
     }
     if missing.is_empty() { Ok(()) } else { Err(CpuidError::Missing(missing)) }

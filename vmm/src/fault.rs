@@ -11,7 +11,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use dirty_track::fault::{
-    Age, Config, Counts, FaultError, PageSource, ParseError, Policies, Prefault, Server, Source, Split, WorkingSet,
+    Age, Config, Counts, FaultError, PageSource, ParseError, Policies, Prefault, Server, Source, Split,
+    WorkingSet,
 };
 use dirty_track::stage2::SecondLevel;
 use dirty_track::tracker::Slot;

@@ -246,7 +246,11 @@ enum Wait {
 impl Watch {
     /// An epoch after the other, until it is over.
     fn run(&mut self) -> Result<(), LiveError> {
-        if self.plan.builtin && !self.plan.held && !matches!(self.eye.by, By::Nothing) && !self.wait_for_workload() {
+        if self.plan.builtin
+            && !self.plan.held
+            && !matches!(self.eye.by, By::Nothing)
+            && !self.wait_for_workload()
+        {
             return Ok(());
         }
         self.begin()?;

@@ -150,7 +150,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
-    let restored = config.restore.as_ref().map(|restore| snapshot::open(restore, config.memory)).transpose()?;
+    let restored =
+        config.restore.as_ref().map(|restore| snapshot::open(restore, config.memory)).transpose()?;
     let shape = restored.as_ref().map_or_else(|| config.shape(), |restored| restored.saved.shape.clone());
     let base = restored.as_ref().map(|restored| restored.base.clone());
     let held = restored.is_some();

@@ -144,8 +144,7 @@ impl<W: Word> Claims<W> {
             return Outcome::Taken;
         }
         let claimed = bit | self.claim(word, around);
-        let units: Vec<_> =
-            runs(&[claimed]).map(|run| base + run.start..base + run.end).collect();
+        let units: Vec<_> = runs(&[claimed]).map(|run| base + run.start..base + run.end).collect();
         Outcome::Saved(self.save(&units, by))
     }
 

@@ -217,7 +217,12 @@ impl Cow {
             if let Some(pagemap) = pagemap.as_ref().filter(|_| slot.backing() == Backing::Private) {
                 absent_blocks(pagemap, &slot, 0..pages, |block| absent.set_range(block));
             }
-            Part { armed: DirtyBitmap::new(pages), absent, claims: Claims::new(pages, slot.page().leaves() as usize), slot }
+            Part {
+                armed: DirtyBitmap::new(pages),
+                absent,
+                claims: Claims::new(pages, slot.page().leaves() as usize),
+                slot,
+            }
         };
         let shared = Arc::new(Shared {
             uffd,
@@ -261,7 +266,8 @@ impl Cow {
                         if start >= end {
                             continue;
                         }
-                        let blocks = (start - base) / BLOCK * BLOCK..(end - base).next_multiple_of(BLOCK).min(pages);
+                        let blocks =
+                            (start - base) / BLOCK * BLOCK..(end - base).next_multiple_of(BLOCK).min(pages);
                         self.arm(part, blocks.start.max(done)..blocks.end)?;
                         done = blocks.end;
                     }
@@ -475,7 +481,11 @@ impl Counters {
             faults,
             fault_pages: load(&self.fault_pages),
             worst_fault_us: load(&self.worst_ns) as f64 / 1000.0,
-            mean_fault_us: if faults == 0 { 0.0 } else { load(&self.total_ns) as f64 / 1000.0 / faults as f64 },
+            mean_fault_us: if faults == 0 {
+                0.0
+            } else {
+                load(&self.total_ns) as f64 / 1000.0 / faults as f64
+            },
             let_through: load(&self.let_through),
             protected_still: load(&self.still),
         }

@@ -139,8 +139,9 @@ fn the_image_is_memory_as_it_was_at_the_moment() {
         for (range, bytes) in &then {
             let mut found = vec![0; bytes.len()];
             read.read(*range, &mut found).unwrap();
-            let differs = (0..range.pages as usize)
-                .find(|page| found[page * PAGE_BYTES..][..PAGE_BYTES] != bytes[page * PAGE_BYTES..][..PAGE_BYTES]);
+            let differs = (0..range.pages as usize).find(|page| {
+                found[page * PAGE_BYTES..][..PAGE_BYTES] != bytes[page * PAGE_BYTES..][..PAGE_BYTES]
+            });
             assert_eq!(differs, None, "round {round}: {report:?}");
         }
         assert!(copy(&memory) != then, "nobody wrote meanwhile: the test shows nothing");

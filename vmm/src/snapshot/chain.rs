@@ -55,9 +55,8 @@ pub struct Chain {
 fn log(path: &Path) -> Result<LogReader<BufReader<File>>, SnapshotError> {
     let file = path.join(STATE);
     let not_a_directory = || path.is_file().then(|| SnapshotError::File(path.to_owned()));
-    let open_error = |source| {
-        not_a_directory().unwrap_or(SnapshotError::Io { what: "open", path: file.clone(), source })
-    };
+    let open_error =
+        |source| not_a_directory().unwrap_or(SnapshotError::Io { what: "open", path: file.clone(), source });
     let opened = File::open(&file).map_err(open_error)?;
     LogReader::new(BufReader::with_capacity(1 << 18, opened))
         .map_err(|source| SnapshotError::Read { path: file, source })
@@ -203,7 +202,9 @@ impl Chain {
             false
         });
         match lacks {
-            true => Err(SnapshotError::NotASnapshot { path: base.path.clone(), missing: "page of some".into() }),
+            true => {
+                Err(SnapshotError::NotASnapshot { path: base.path.clone(), missing: "page of some".into() })
+            }
             false => Ok(()),
         }
     }

@@ -79,7 +79,8 @@ impl Partial {
             rename::exchange(&self.path, &self.place)
                 .map_err(io_error("put the new snapshot in place of", &self.place))?;
         } else {
-            rename::no_replace(&self.path, &self.place).map_err(io_error("put the snapshot at", &self.place))?;
+            rename::no_replace(&self.path, &self.place)
+                .map_err(io_error("put the snapshot at", &self.place))?;
             self.done = true;
         }
         let parent = directory(&self.place);

@@ -20,8 +20,8 @@ mod take;
 
 pub use chain::{Chain, Layer, Saved};
 pub use restore::{Mode, Restore, Restored, open};
-pub use take::{Base, Method, Request, SnapshotReport, merge};
 pub(crate) use take::take;
+pub use take::{Base, Method, Request, SnapshotReport, merge};
 
 use std::io;
 use std::path::PathBuf;
@@ -30,6 +30,7 @@ use dirty_track::image::ImageError;
 use dirty_track::log::{ReadError, StreamId, WriteError};
 use serde::{Deserialize, Serialize};
 
+use crate::cpuid::CpuidError;
 use crate::devices::virtio::disk::DiskConfig;
 use crate::dump::DumpError;
 use crate::live::LiveError;
@@ -178,6 +179,9 @@ pub enum SnapshotError {
     /// Guest memory.
     #[error("cannot read or write guest memory: {0}")]
     Guest(#[from] vm_memory::GuestMemoryError),
+    /// Another processor.
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
     /// Holding up writes.
     #[error(transparent)]
     Cow(#[from] dirty_track::cow::CowError),

@@ -12,11 +12,13 @@ use dirty_track::addr::{BLOCK_SIZE, Gfn, PAGE_BYTES, PageRange};
 use dirty_track::sys::uffd::{Mode as UffdMode, Uffd};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::SnapshotError;
 use super::chain::{Chain, Saved};
 use super::take::Base;
-use super::SnapshotError;
 use crate::dump;
+use crate::machine::open_kvm;
 use crate::memory::{Faults, HugePages, MemoryConfig, Ram};
+use crate::{cpuid, host};
 
 /// When pages are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,9 +102,14 @@ pub struct Restored {
 pub fn open(restore: &Restore, memory: MemoryConfig) -> Result<Restored, SnapshotError> {
     let path = std::path::absolute(&restore.path).unwrap_or_else(|_| restore.path.clone());
     let (chain, saved) = Chain::open(&path)?;
+    // Before anything of it is read. Who has no KVM is told so when the machine is made.
+    if let Ok(kvm) = open_kvm() {
+        cpuid::check(&kvm, host::kvm_module(), &saved.state)?;
+    }
     let config = MemoryConfig { size: saved.shape.memory, fault: restore.mode.faults(), ..memory };
     // By where they are; their numbers are this program's own.
-    let frames = |slots: &[dirty_track::log::SlotInfo]| -> Vec<_> { slots.iter().map(|slot| slot.frames()).collect() };
+    let frames =
+        |slots: &[dirty_track::log::SlotInfo]| -> Vec<_> { slots.iter().map(|slot| slot.frames()).collect() };
     let newest = chain.newest();
     let ram = match restore.mode {
         Mode::Map if config.shared || config.huge.hugetlb_shift().is_some() => {

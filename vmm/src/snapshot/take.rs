@@ -152,7 +152,8 @@ pub(crate) fn take(
         Err(_) if taking.observer.is_some() => taking.precopy()?,
         Err(error) => return Err(SnapshotError::NoMethod(error.to_string())),
     };
-    let Taking { observer, .. } = taking;
+    let Taking { observer, image: shared, .. } = taking;
+    drop(shared);
     let ranges = match (&taken.marks, request.diff) {
         (Some(marks), true) => frames(ram, marks),
         _ => head.slots.iter().map(|slot| slot.frames()).collect(),
@@ -202,7 +203,12 @@ pub fn merge(chain: &Chain, saved: &Saved, place: &Path) -> Result<u64, Snapshot
     let written = image.finish(&partial.file(SUMS))?;
     let Saved { shape, state } = saved;
     let state = parts(shape, state)?;
-    write_state(&partial.file(STATE), head, &ranges, Parts { digests: written.digests, parent: None, state })?;
+    write_state(
+        &partial.file(STATE),
+        head,
+        &ranges,
+        Parts { digests: written.digests, parent: None, state },
+    )?;
     partial.complete()?;
     Ok(written.pages)
 }
@@ -269,6 +275,10 @@ impl Taking<'_> {
         };
         let wanted = || marks.as_deref().map_or(Wanted::All, Wanted::Marked);
         cow.protect(wanted())?;
+        if let Some(observer) = &mut self.observer {
+            // So that the last epoch is a short one.
+            (self.show)(&observer.close_epoch()?);
+        }
         // What devices wrote is in the last epoch, and they write nothing after it.
         let devices = machine.platform().pause();
         let fix = || -> Result<_, SnapshotError> {
@@ -414,7 +424,12 @@ struct Parts<'a> {
 /// Digests in one record.
 const DIGESTS_AT_ONCE: usize = 1 << 17;
 
-fn write_state(path: &Path, head: Header, ranges: &[PageRange], parts: Parts<'_>) -> Result<(), SnapshotError> {
+fn write_state(
+    path: &Path,
+    head: Header,
+    ranges: &[PageRange],
+    parts: Parts<'_>,
+) -> Result<(), SnapshotError> {
     let file = File::options().write(true).create_new(true).open(path).map_err(io_error("create", path))?;
     let write = |out| -> Result<BufWriter<File>, WriteError> {
         let mut log = LogWriter::new(out, head, Compression::None)?;
