@@ -43,7 +43,11 @@ impl ImageReader {
                 found => Err(ImageError::Length { path: path.to_owned(), expected, found }),
             }
         };
-        let reader = ImageReader {
+        if digests.len() != chunks(end) {
+            let range = PageRange { start: Gfn(0), pages: end.0 };
+            return Err(ImageError::Sums { range, path: sums.to_owned() });
+        }
+        Ok(ImageReader {
             id,
             end,
             memory: open(memory, end.gpa().0)?,
@@ -52,11 +56,7 @@ impl ImageReader {
             sums_path: sums.to_owned(),
             known: (0..chunks(end)).map(|_| OnceLock::new()).collect(),
             digests,
-        };
-        if reader.digests.len() != reader.known.len() {
-            return Err(reader.bad_sums(0));
-        }
-        Ok(reader)
+        })
     }
 
     /// The file of contents.

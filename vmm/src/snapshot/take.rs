@@ -146,7 +146,7 @@ pub(crate) fn take(
         creator: CREATOR.to_owned(),
     };
     let image = Arc::new(ImageWriter::create(&partial.file(MEMORY), id, end_of(&head))?);
-    let mut taking = Taking { machine, shape, observer, image: Arc::clone(&image), diff: request.diff, show };
+    let mut taking = Taking { machine, observer, image: Arc::clone(&image), diff: request.diff, show };
     let taken = match Cow::new(machine.slots(), Arc::clone(&image), ram.is_anonymous()) {
         Ok(cow) => taking.copy_on_write(cow)?,
         Err(_) if taking.observer.is_some() => taking.precopy()?,
@@ -162,8 +162,9 @@ pub(crate) fn take(
     let image = Arc::into_inner(image).ok_or_else(|| SnapshotError::Busy(request.path.clone()))?;
     let saved = image.finish(&partial.file(SUMS))?;
     let parent_path = parent.as_ref().map(|base| relative(&request.path, &base.path));
-    let parts = Parts { digests: saved.digests, parent: parent_path.as_deref(), state: taken.state };
-    write_state(&partial.file(STATE), head, &ranges, parts)?;
+    let behind =
+        Parts { digests: saved.digests, parent: parent_path.as_deref(), state: parts(shape, &taken.state)? };
+    write_state(&partial.file(STATE), head, &ranges, behind)?;
     partial.complete()?;
     if let Some(observer) = observer {
         observer.set_base(Base { id, path: request.path.clone() });
@@ -244,7 +245,6 @@ fn base(observer: Option<&Observer>, path: &Path) -> Result<Base, SnapshotError>
 /// A snapshot on its way.
 struct Taking<'a> {
     machine: &'a Machine,
-    shape: &'a Shape,
     observer: Option<&'a mut Observer>,
     image: Arc<ImageWriter>,
     diff: bool,
@@ -255,8 +255,7 @@ struct Taking<'a> {
 struct Taken {
     method: Method,
     still_us: f64,
-    /// Parts of the machine's state: name and bytes.
-    state: Vec<(&'static str, Vec<u8>)>,
+    state: MachineState,
     cow: CowReport,
     /// Of a diff: its pages.
     marks: Option<Arc<DirtyBitmap>>,
@@ -264,7 +263,7 @@ struct Taken {
 
 impl Taking<'_> {
     fn copy_on_write(&mut self, cow: Cow) -> Result<Taken, SnapshotError> {
-        let (machine, shape) = (self.machine, self.shape);
+        let machine = self.machine;
         let marks = match &mut self.observer {
             Some(observer) if self.diff => {
                 // Most of what it is going to have is known before the guest stands still.
@@ -283,7 +282,7 @@ impl Taking<'_> {
         let devices = machine.platform().pause();
         let fix = || -> Result<_, SnapshotError> {
             cow.freeze(wanted())?;
-            state(machine, shape)
+            state(machine)
         };
         let (still_us, state) = match &mut self.observer {
             Some(observer) => {
@@ -309,7 +308,7 @@ impl Taking<'_> {
     }
 
     fn precopy(&mut self) -> Result<Taken, SnapshotError> {
-        let (machine, shape, ram) = (self.machine, self.shape, self.machine.ram());
+        let (machine, ram) = (self.machine, self.machine.ram());
         let Some(observer) = &mut self.observer else {
             return Err(SnapshotError::NoMethod("there is no tracker".into()));
         };
@@ -343,19 +342,18 @@ impl Taking<'_> {
             before = epoch.dirty_pages;
         }
         let devices = machine.platform().pause();
-        let mut taken = Ok(Vec::new());
+        let mut taken = None;
         let epoch = observer.close_epoch_with(true, |harvest, _| {
-            taken = harvest
-                .runs()
-                .try_for_each(|run| copy(ram, run, image, &mut buffer))
-                .and_then(|()| state(machine, shape));
+            let copied = harvest.runs().try_for_each(|run| copy(ram, run, image, &mut buffer));
+            taken = Some(copied.and_then(|()| state(machine)));
         })?;
         drop(devices);
         (self.show)(&epoch);
         Ok(Taken {
             method: Method::Precopy,
             still_us: epoch.stall_us,
-            state: taken?,
+            // It was looked at, or the epoch would not have been closed.
+            state: taken.unwrap_or_else(|| state(machine))?,
             cow: CowReport::default(),
             marks: self.diff.then(|| Arc::clone(observer.since_base())),
         })
@@ -397,13 +395,12 @@ fn frames(ram: &Ram, marks: &DirtyBitmap) -> Vec<PageRange> {
     ranges
 }
 
-/// The state of `machine`, which stands still, in parts.
-fn state(machine: &Machine, shape: &Shape) -> Result<Vec<(&'static str, Vec<u8>)>, SnapshotError> {
-    let still = machine.pause();
-    let (state, _devices_rest) = still.state()?;
-    parts(shape, &state)
+/// The state of `machine`, which stands still, and whose devices rest.
+fn state(machine: &Machine) -> Result<MachineState, SnapshotError> {
+    Ok(machine.pause().state()?.0)
 }
 
+/// The state in parts: name and bytes.
 fn parts(shape: &Shape, state: &MachineState) -> Result<Vec<(&'static str, Vec<u8>)>, SnapshotError> {
     let MachineState { vm, vcpus, devices } = state;
     let mut parts = vec![(SHAPE, serde_json::to_vec(shape)?), (VM, serde_json::to_vec(vm)?)];
