@@ -18,7 +18,6 @@ use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
 use crate::fault::{FaultError, Prefault, Source, WorkingSet};
 use crate::stage2::{Block, Disagreement, Leaves, Seen, Stage2};
 use crate::sys::pagemap::{Found, Pagemap};
-use crate::sys::priority::give_way;
 use crate::sys::uffd::fill::{Progress, Staging, cold};
 use crate::sys::uffd::message::{Cause, Message};
 use crate::sys::uffd::{Mode, Uffd, Wait};
@@ -36,7 +35,7 @@ pub struct Config {
     /// Number of threads: 1 or more. One serves some forty thousand faults a second; more help where a source takes
     /// its time.
     pub handlers: usize,
-    /// What nobody asks for is brought in meanwhile, by a thread that gives way to all others.
+    /// What nobody asks for is brought in meanwhile, by a thread that gives way to handlers.
     pub fill: bool,
 }
 
@@ -166,7 +165,6 @@ impl Server {
     fn fill_meanwhile(&mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let work = move || {
-            give_way();
             // A source that fails or panics here is asked again by a handler, which reports it.
             let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest()));
         };
@@ -438,6 +436,11 @@ impl Shared {
                 continue;
             }
             for block in slot.frames.start.block()..=Gfn(slot.frames.end().0 - 1).block() {
+                if pager.counters.now().waiting > 0 {
+                    // A handler has to do. Not by a low priority: a block that is being filled is held, and whoever has it
+                    // must not have to wait for a processor.
+                    thread::yield_now();
+                }
                 if self.ending.load(Ordering::Relaxed) {
                     return Ok(());
                 }

@@ -5,7 +5,6 @@ pub mod collapse;
 pub mod kvm;
 pub mod maps;
 pub mod pagemap;
-pub(crate) mod priority;
 pub mod ring;
 pub(crate) mod simd;
 pub mod stats;

@@ -17,6 +17,8 @@ mod chain;
 mod directory;
 mod restore;
 mod take;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{Chain, Layer, Saved};
 pub use restore::{Mode, Restore, Restored, open};

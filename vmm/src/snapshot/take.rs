@@ -301,7 +301,7 @@ impl Taking<'_> {
         };
         drop(devices);
         // It was looked at, or the epoch would not have been closed.
-        let state = state.unwrap_or_else(|| fix())?;
+        let state = state.unwrap_or_else(fix)?;
         let copiers = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(COPIERS));
         let cow = cow.save(copiers)?;
         Ok(Taken { method: Method::CopyOnWrite, still_us, state, cow, marks })
