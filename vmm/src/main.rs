@@ -229,7 +229,7 @@ struct WatchArgs {
     #[arg(long, value_name = "POLICY")]
     prefault: Option<PrefaultChoice>,
     /// With fault=uffd, whether what came along counts as touched: old (not until it is written) or young
-    /// [default: old]
+    /// [default: old; young for a restore without --record-working-set]
     #[arg(long, value_name = "AGE")]
     prefault_age: Option<Age>,
     /// With fault=uffd, what the first write to a protected page opens: leaf, block or adaptive[,threshold=64]
@@ -490,7 +490,12 @@ fn restore_config(args: RestoreArgs) -> Result<RunConfig, Refused> {
         }
         best
     });
-    let config = watched(args.watch, MemoryConfig { fault: mode.faults(), ..memory })?;
+    let mut watch = args.watch;
+    if mode == Mode::Lazy && watch.record_working_set.is_none() {
+        // Who goes on should not pay for each page once more. A working set is exact with old pages only.
+        watch.prefault_age.get_or_insert(Age::Young);
+    }
+    let config = watched(watch, MemoryConfig { fault: mode.faults(), ..memory })?;
     let restore = Restore { path: args.snapshot, mode, verify: args.verify };
     Ok(RunConfig { restore: Some(restore), duration, ..config })
 }

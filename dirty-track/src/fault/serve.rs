@@ -238,7 +238,8 @@ impl<K: Kernel> Pager<K> {
                 return Ok(());
             }
             let missing = if slot.huge { block.own() } else { missing };
-            let install = ahead(slot.origin, missing);
+            let track = self.track.load(Ordering::Acquire);
+            let install = ahead(slot.origin, missing, track, self.policies.age);
             if !slot.has_at_hand(worker, &install) {
                 let first = block.first();
                 drop((block, no_news));
