@@ -7,7 +7,9 @@
 //!
 //! - [`addr`]: guest-physical addresses, frame numbers and ranges of them as types of their own.
 //! - [`bitmap`]: the dirty bitmap and the arithmetic on its words.
+//! - `cow` (with `log`): the contents of memory as they were at one moment, saved while the guest runs on.
 //! - [`fault`]: serving the guest's faults, and the policies of what comes along and what is opened.
+//! - `image` (with `log`): the contents of pages in files, each page checked by itself.
 //! - `log` (a feature, on by default): the log as a stream, for dumps, snapshots and migrations.
 //! - [`rate`]: how fast the guest dirties memory, and what follows for a migration.
 //! - [`rearm`]: what is write-protected again when an epoch ends.
@@ -26,7 +28,11 @@ pub mod bitmap;
 pub mod collapse;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+#[cfg(feature = "log")]
+pub mod cow;
 pub mod fault;
+#[cfg(feature = "log")]
+pub mod image;
 #[cfg(feature = "log")]
 pub mod log;
 mod mix;

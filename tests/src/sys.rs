@@ -44,6 +44,25 @@ pub fn signal(child: &std::process::Child, signal: i32) -> std::io::Result<()> {
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
+/// Sets how long files may be that a child process writes, which has not been waited for; `None`: as long as they like.
+///
+/// # Errors
+/// What prlimit(2) says.
+pub fn limit_file_size(child: &std::process::Child, bytes: Option<u64>) -> std::io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let pid = child.id() as libc::pid_t;
+    // SAFETY: the call writes one rlimit, which is ours and outlives it.
+    if unsafe { libc::prlimit(pid, libc::RLIMIT_FSIZE, std::ptr::null(), &mut limit) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    limit.rlim_cur = bytes.unwrap_or(limit.rlim_max);
+    // SAFETY: the call reads one rlimit, which outlives it; the child has not been reaped.
+    match unsafe { libc::prlimit(pid, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// Processor time that the calling thread has had, a guest's included: what a busy host does not change.
 pub fn thread_cpu_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -160,6 +160,18 @@ fn bodies(operation: &str) -> Vec<(Value, bool)> {
             (json!({ "compress": "rar" }), false),
             (json!({ "page": true }), false),
         ],
+        "snapshot" => {
+            let place = std::env::temp_dir().join(format!("api-snapshot-{}", std::process::id()));
+            vec![
+                (json!({ "path": place, "diff": true }), true),
+                (json!({ "path": place }), true),
+                (json!({ "path": place, "diff": false }), true),
+                (json!({ "path": place.join("no/such/place") }), true),
+                (json!({ "path": 7 }), false),
+                (json!({ "path": place, "compress": "lz4" }), false),
+                (json!({}), false),
+            ]
+        }
         _ => vec![(Value::Null, true)],
     }
 }
@@ -213,6 +225,9 @@ fn the_server_does_what_its_description_says() {
                 }
             }
         }
+    }
+    if let Some(Value::String(place)) = bodies("snapshot").first().map(|(body, _)| &body["path"]) {
+        fs::remove_dir_all(place).unwrap();
     }
     let (status, _) = monitor.json("PUT", "/vm/shutdown", &Value::Null);
     assert_eq!(status, 204);

@@ -1,10 +1,13 @@
 //! What CPU the guest sees: what KVM supports, with the topology of this guest and without what would not
 //! work.
 
+use std::arch::x86_64::__cpuid_count;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::host::KvmModule;
+use crate::state::MachineState;
 
 const LEAF_FEATURES: u32 = 0x1;
 const LEAF_INTEL_CACHE: u32 = 0x4;
@@ -46,6 +49,219 @@ pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Erro
         }
     }
     Ok(cpuid)
+}
+
+/// Why a guest cannot go on on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuidError {
+    /// KVM does not say.
+    #[error("cannot ask for the supported CPUID: {0}")]
+    Kvm(kvm_ioctls::Error),
+    /// Another vendor's.
+    #[error(
+        "the guest was on a processor of {found:?}, and this host's is of {host:?}: it cannot go on here"
+    )]
+    Vendor {
+        /// The guest's.
+        found: String,
+        /// The host's.
+        host: String,
+    },
+    /// Features.
+    #[error("this host lacks what the guest was told that its processor has: {}; it cannot go on here", .0.join(", "))]
+    Missing(Vec<String>),
+}
+
+/// A register of a leaf of features, with the bits that do not matter: they are this host's to give, or tell of what a guest
+/// has turned on.
+struct Features {
+    leaf: u32,
+    index: u32,
+    register: &'static str,
+    ignored: u32,
+    /// Bits that have names.
+    names: &'static [(u32, &'static str)],
+}
+
+/// Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Linux, Documentation/virt/kvm/x86/cpuid.rst.
+const FEATURES: [Features; 10] = [
+    Features {
+        leaf: LEAF_FEATURES,
+        index: 0,
+        register: "ECX",
+        // OSXSAVE is the guest's own.
+        ignored: HYPERVISOR | 1 << 27,
+        names: &[
+            (0, "sse3"),
+            (1, "pclmulqdq"),
+            (9, "ssse3"),
+            (12, "fma"),
+            (13, "cx16"),
+            (17, "pcid"),
+            (19, "sse4.1"),
+            (20, "sse4.2"),
+            (21, "x2apic"),
+            (22, "movbe"),
+            (23, "popcnt"),
+            (24, "tsc-deadline"),
+            (25, "aes"),
+            (26, "xsave"),
+            (28, "avx"),
+            (29, "f16c"),
+            (30, "rdrand"),
+        ],
+    },
+    Features {
+        leaf: LEAF_FEATURES,
+        index: 0,
+        register: "EDX",
+        ignored: HTT,
+        names: &[(26, "sse2"), (4, "tsc")],
+    },
+    Features {
+        leaf: 7,
+        index: 0,
+        register: "EBX",
+        ignored: 0,
+        names: &[
+            (0, "fsgsbase"),
+            (3, "bmi1"),
+            (4, "hle"),
+            (5, "avx2"),
+            (7, "smep"),
+            (8, "bmi2"),
+            (9, "erms"),
+            (10, "invpcid"),
+            (11, "rtm"),
+            (16, "avx512f"),
+            (17, "avx512dq"),
+            (18, "rdseed"),
+            (19, "adx"),
+            (20, "smap"),
+            (23, "clflushopt"),
+            (24, "clwb"),
+            (28, "avx512cd"),
+            (29, "sha"),
+            (30, "avx512bw"),
+            (31, "avx512vl"),
+        ],
+    },
+    Features {
+        leaf: 7,
+        index: 0,
+        register: "ECX",
+        // OSPKE is the guest's own.
+        ignored: 1 << 4,
+        names: &[
+            (1, "avx512vbmi"),
+            (2, "umip"),
+            (3, "pku"),
+            (8, "gfni"),
+            (9, "vaes"),
+            (16, "la57"),
+            (22, "rdpid"),
+        ],
+    },
+    Features {
+        leaf: 7,
+        index: 0,
+        register: "EDX",
+        ignored: 0,
+        names: &[
+            (4, "fsrm"),
+            (22, "amx-bf16"),
+            (24, "amx-tile"),
+            (25, "amx-int8"),
+            (26, "spec-ctrl"),
+            (31, "ssbd"),
+        ],
+    },
+    Features {
+        leaf: 0xd,
+        index: 0,
+        register: "EAX",
+        ignored: 0,
+        names: &[(2, "xsave of avx"), (5, "xsave of avx-512")],
+    },
+    Features {
+        leaf: 0xd,
+        index: 1,
+        register: "EAX",
+        ignored: 0,
+        names: &[(0, "xsaveopt"), (1, "xsavec"), (3, "xsaves")],
+    },
+    Features {
+        leaf: LEAF_KVM_FEATURES,
+        index: 0,
+        register: "EAX",
+        ignored: 0,
+        names: &[(3, "kvmclock"), (4, "async page faults"), (5, "steal time"), (6, "pv-eoi")],
+    },
+    Features {
+        leaf: 0x8000_0001,
+        index: 0,
+        register: "ECX",
+        ignored: 0,
+        names: &[(5, "lzcnt"), (6, "sse4a"), (16, "fma4"), (22, "topology extensions")],
+    },
+    Features {
+        leaf: 0x8000_0001,
+        index: 0,
+        register: "EDX",
+        ignored: 0,
+        names: &[(11, "syscall"), (20, "nx"), (26, "pages of 1 GiB"), (27, "rdtscp"), (29, "long mode")],
+    },
+];
+
+/// Checks that a guest with `state` can go on here: that this host has all that its processor was said to have.
+///
+/// # Errors
+/// See [`CpuidError`].
+pub fn check(kvm: &Kvm, module: KvmModule, state: &MachineState) -> Result<(), CpuidError> {
+    let mut supported = supported(kvm, module).map_err(CpuidError::Kvm)?;
+    if module == KvmModule::Pvm {
+        // It adds the processor's own features to these leaves, whatever it is told.
+        for entry in supported.as_mut_slice().iter_mut().filter(|entry| matches!(entry.function, 1 | 7 | 0xd))
+        {
+            let own = __cpuid_count(entry.function, entry.index);
+            entry.eax |= own.eax;
+            entry.ebx |= own.ebx;
+            entry.ecx |= own.ecx;
+            entry.edx |= own.edx;
+        }
+    }
+    state.vcpus.iter().try_for_each(|vcpu| compare(vcpu.cpuid(), supported.as_slice()))
+}
+
+fn compare(wanted: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Result<(), CpuidError> {
+    let find = |table: &[kvm_cpuid_entry2], leaf, index| {
+        table.iter().find(|entry| entry.function == leaf && entry.index == index).copied().unwrap_or_default()
+    };
+    let vendor = |table| {
+        let kvm_cpuid_entry2 { ebx, ecx, edx, .. } = find(table, 0, 0);
+        String::from_utf8_lossy([ebx, edx, ecx].map(u32::to_le_bytes).as_flattened()).into_owned()
+    };
+    let (found, host) = (vendor(wanted), vendor(supported));
+    if found != host {
+        return Err(CpuidError::Vendor { found, host });
+    }
+    let mut missing = Vec::new();
+    for &Features { leaf, index, register, ignored, names } in &FEATURES {
+        let value = |entry: kvm_cpuid_entry2| match register {
+            "EAX" => entry.eax,
+            "EBX" => entry.ebx,
+            "ECX" => entry.ecx,
+            _ => entry.edx,
+        };
+        let lacks = value(find(wanted, leaf, index)) & !value(find(supported, leaf, index)) & !ignored;
+        for bit in (0..u32::BITS).filter(|bit| lacks >> bit & 1 != 0) {
+            let name = names.iter().find(|(named, _)| *named == bit).map(|(_, name)| (*name).to_owned());
+            missing.push(
+                name.unwrap_or_else(|| format!("bit {bit} of {register} of CPUID leaf {leaf:#x}.{index}")),
+            );
+        }
+    }
+    if missing.is_empty() { Ok(()) } else { Err(CpuidError::Missing(missing)) }
 }
 
 /// Bits of a physical address that a CPU with this table has; 36 where it does not say (Intel SDM vol. 3, 5.1.4).
@@ -108,6 +324,21 @@ mod tests {
 
     fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, index, eax: 0x21, ..Default::default() }
+    }
+
+    #[test]
+    fn what_a_host_lacks_is_named() {
+        let host = [entry(0, 0), entry(LEAF_FEATURES, 0), entry(7, 0)];
+        let mut guest = host;
+        assert!(compare(&guest, &host).is_ok());
+        // What the guest turned on itself is no feature of the host.
+        guest[1].ecx = 1 << 28 | 1 << 27 | HYPERVISOR;
+        guest[2].ebx = 1 << 16 | 1 << 6;
+        let CpuidError::Missing(missing) = compare(&guest, &host).unwrap_err() else { panic!("a vendor") };
+        assert_eq!(missing, ["avx", "bit 6 of EBX of CPUID leaf 0x7.0", "avx512f"]);
+        assert!(compare(&host, &guest).is_ok());
+        guest[0].ebx = u32::from_le_bytes(*b"Genu");
+        assert!(matches!(compare(&guest, &host), Err(CpuidError::Vendor { .. })));
     }
 
     #[test]

@@ -12,10 +12,10 @@ use crate::api::client::{Client, ClientError, block_on};
 use crate::board::DumpStatus;
 use crate::dump::DumpConfig;
 use crate::live::{Epoch, Totals};
-use crate::observe::SnapshotReport;
 use crate::options::human_size;
 use crate::panel::{self, Subject, grouped};
 use crate::sampled::{Look, Looks};
+use crate::snapshot::{Request, SnapshotReport};
 
 /// What `GET /dirty` answers.
 #[derive(Debug, Deserialize)]
@@ -121,20 +121,21 @@ fn absolute(path: &Path) -> Result<PathBuf, ClientError> {
 ///
 /// # Errors
 /// See [`ClientError`].
-pub fn snapshot(socket: &Path, output: &Path, json: bool) -> Result<(), ClientError> {
+pub fn snapshot(socket: &Path, output: &Path, diff: bool, json: bool) -> Result<(), ClientError> {
     let client = Client::new(socket);
-    let request = json!({ "path": absolute(output)? });
+    let request = Request { path: absolute(output)?, diff };
     let report: SnapshotReport = block_on(client.call(Method::PUT, "/vm/snapshot", Some(&request)))?;
     if json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
         eprintln!(
-            "{}: {} in {:.2} s, the guest stood still for {:.2} ms ({} pages, and its state)",
+            "{}: {} pages, {} of them zeros, in {:.2} s by {}; the guest stood still for {:.2} ms",
             output.display(),
-            human_size(report.bytes),
+            grouped(report.pages),
+            grouped(report.zero),
             report.seconds,
+            report.method.name(),
             report.still_us / 1000.0,
-            grouped(report.last_pages)
         );
     }
     Ok(())

@@ -8,9 +8,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use dirty_track::fault::{
-    Age, Config, Counts, FaultError, ParseError, Policies, Prefault, Server, Source, Split, WorkingSet,
+    Age, Config, Counts, FaultError, PageSource, ParseError, Policies, Prefault, Server, Source, Split,
+    WorkingSet,
 };
 use dirty_track::stage2::SecondLevel;
 use dirty_track::tracker::Slot;
@@ -54,6 +56,8 @@ pub struct FaultConfig {
     pub policies: Policies,
     /// What an earlier run touched, for [`Prefault::Recorded`].
     pub working_set: WorkingSet,
+    /// Where pages come from, if they are not zeros. What of it nobody touches is brought in meanwhile.
+    pub source: Option<Arc<dyn PageSource>>,
 }
 
 /// Why a working set cannot be read or written.
@@ -105,25 +109,29 @@ impl FaultConfig {
     }
 }
 
-/// Where the pages of a new machine's memory come from.
-pub fn source(memory: MemoryConfig) -> Source {
-    // A memfd's pages are its cache's; hugetlb is filled page by page all the same.
-    match memory.shared && memory.huge.hugetlb_shift().is_none() {
-        true => Source::Shared,
-        false => Source::Zero,
-    }
-}
-
-/// Serves the faults of `slots` from `source`.
+/// Serves the faults of `slots`, which are the RAM that `memory` describes. With `fill`, what nobody asks for is brought in
+/// meanwhile.
 ///
 /// # Errors
 /// See [`Server::start`].
-pub fn start(slots: Vec<Slot>, source: Source, cpus: u8, config: FaultConfig) -> Result<Server, FaultError> {
+pub fn start(
+    slots: Vec<Slot>,
+    memory: MemoryConfig,
+    cpus: u8,
+    config: FaultConfig,
+    fill: bool,
+) -> Result<Server, FaultError> {
+    let FaultConfig { policies, working_set, source } = config;
+    let source = match source {
+        Some(source) => Source::Fetch(source),
+        // A memfd's pages are its cache's; hugetlb is filled page by page all the same.
+        None if memory.shared && memory.huge.hugetlb_shift().is_none() => Source::Shared,
+        None => Source::Zero,
+    };
     let slots = slots.into_iter().map(|slot| (slot, source.clone())).collect();
-    let FaultConfig { policies, working_set } = config;
     // A handler has time for the faults of some vCPUs: each sleeps through most of its own.
     let handlers = usize::from(cpus).div_ceil(CPUS_PER_HANDLER);
-    Server::start(slots, Config { policies, working_set, handlers })
+    Server::start(slots, Config { policies, working_set, handlers, fill })
 }
 
 const CPUS_PER_HANDLER: usize = 8;

@@ -106,6 +106,13 @@ impl Gate {
         }
     }
 
+    /// Closes the gate and waits for nobody: for threads that have not been started yet.
+    pub fn shut(&self) {
+        let mut state = self.lock();
+        state.pauses += 1;
+        self.publish(&state);
+    }
+
     /// Opens the gate again, when as many opened as closed it.
     pub fn open(&self) {
         let mut state = self.lock();

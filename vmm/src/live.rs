@@ -20,6 +20,7 @@ use crate::host::Mmu;
 use crate::ledger::{Agreement, Ledger, LedgerError};
 use crate::machine::{Machine, Paused};
 use crate::owners::{Owners, Space};
+use crate::snapshot::Base;
 use crate::working_set::{Watch, WorkingSetConfig, WorkingSetReport};
 
 /// Columns of the picture of guest memory in each [`Epoch`].
@@ -219,6 +220,9 @@ pub struct Observer {
     wants_working_set: Option<WorkingSetConfig>,
     watch: Option<Watch>,
     ever: DirtyBitmap,
+    /// What was dirty since the last snapshot, or since arming.
+    since: Arc<DirtyBitmap>,
+    base: Option<Base>,
     first: u32,
     epoch: u32,
     armed: Instant,
@@ -246,6 +250,8 @@ impl Observer {
             wants_working_set: None,
             watch: None,
             ever: DirtyBitmap::new(pages as usize),
+            since: Arc::new(DirtyBitmap::new(pages as usize)),
+            base: None,
             first: 1,
             epoch: 0,
             armed: now,
@@ -376,6 +382,7 @@ impl Observer {
         let dirty_blocks = harvest.dirty_blocks();
         let map = picture(&harvest);
         remember(&self.ever, &harvest);
+        remember(&self.since, &harvest);
         look(&mut harvest, seconds);
         let stall = if held.is_some() { boundary.elapsed() } else { stall };
         drop(held);
@@ -455,6 +462,22 @@ impl Observer {
     /// What the tracker's harvests can be relied on for.
     pub fn guarantees(&self) -> Guarantees {
         self.tracker.guarantees()
+    }
+
+    /// The snapshot that memory was the same as when tracking began, or that was taken since.
+    pub fn base(&self) -> Option<&Base> {
+        self.base.as_ref()
+    }
+
+    /// What was dirty since then, the epoch under way not counted: the pages of the memslots one after the other.
+    pub fn since_base(&self) -> &Arc<DirtyBitmap> {
+        &self.since
+    }
+
+    /// From the end of the last epoch on it is `base` that memory differs from.
+    pub fn set_base(&mut self, base: Base) {
+        self.base = Some(base);
+        self.since.drain(|_, _| {});
     }
 
     /// The tracker's name.

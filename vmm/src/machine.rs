@@ -10,13 +10,15 @@
 //! memory-mapped I/O; the vCPU waits for the memslot and makes the access itself. That is right for data and
 //! impossible for instructions and page tables, so only a guest that keeps these low is started this way.
 
+use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 
-use dirty_track::fault::{FaultError, FaultTracker, Server, Source};
+use dirty_track::addr::PageRange;
+use dirty_track::fault::{FaultError, FaultTracker, PageSource, Server};
 use dirty_track::sys::kvm;
 use dirty_track::sys::stats::{Stats, StatsError};
 use dirty_track::tracker::{
@@ -163,6 +165,9 @@ pub enum MachineError {
     /// The state that it is to go on from.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The processor that it was on.
+    #[error(transparent)]
+    Cpuid(#[from] cpuid::CpuidError),
     /// A system resource.
     #[error("cannot {what}: {source}")]
     System {
@@ -244,6 +249,37 @@ impl Outcome {
     }
 }
 
+/// Where the guest's pages come from. One that cannot be had ends the machine: it is never given anything else instead.
+struct OrEnd {
+    source: Arc<dyn PageSource>,
+    outcome: Arc<Outcome>,
+    gate: Arc<Gate>,
+}
+
+impl fmt::Debug for OrEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.source.fmt(f)
+    }
+}
+
+impl OrEnd {
+    fn end(&self, error: io::Error) -> io::Error {
+        self.outcome.report(End::Failed(format!("the guest cannot go on: {error}")));
+        self.gate.stop();
+        error
+    }
+}
+
+impl PageSource for OrEnd {
+    fn fetch(&self, pages: PageRange, into: &mut [u8]) -> io::Result<()> {
+        self.source.fetch(pages, into).map_err(|error| self.end(error))
+    }
+
+    fn filled(&self, pages: PageRange, take: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+        self.source.filled(pages, take).map_err(|error| self.end(error))
+    }
+}
+
 impl Machine {
     /// Builds the machine, ready to [`start`](Machine::start).
     ///
@@ -259,6 +295,16 @@ impl Machine {
         }
 
         let boots = config.from.is_none();
+        if let Some(From { state: Some(state), .. }) = config.from.as_deref() {
+            cpuid::check(&kvm, module, state)?;
+        }
+        let gate = Arc::new(Gate::new(usize::from(config.cpus)));
+        let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
+        let outcome = Arc::new(Outcome { end: Mutex::new(None), ended });
+        if let Some(source) = config.fault.source.take() {
+            let (outcome, gate) = (Arc::clone(&outcome), Arc::clone(&gate));
+            config.fault.source = Some(Arc::new(OrEnd { source, outcome, gate }));
+        }
         let (ram, state) = match config.from.take() {
             Some(from) => (from.ram, from.state),
             None => (Ram::new(config.memory)?, None),
@@ -267,8 +313,9 @@ impl Machine {
         let fault = OnceLock::new();
         // Memory that is yet to come is served when it is there.
         if config.memory.fault == Faults::Uffd && (boots || state.is_some()) {
-            let source = fault::source(config.memory);
-            let server = fault::start(slots_of(&ram), source, config.cpus, config.fault.clone())?;
+            let fill = config.fault.source.is_some();
+            let server =
+                fault::start(slots_of(&ram), config.memory, config.cpus, config.fault.clone(), fill)?;
             let _ = fault.set(Arc::new(server));
         }
         timing.mark(Phase::Memory);
@@ -298,7 +345,6 @@ impl Machine {
         timing.mark(Phase::Vm);
 
         let base = cpuid::supported(&kvm, module).map_err(kvm_error("ask for the supported CPUID"))?;
-        let gate = Arc::new(Gate::new(usize::from(config.cpus)));
         let mut waiting = Vec::with_capacity(usize::from(config.cpus));
         let mut vcpu_stats = Vec::with_capacity(usize::from(config.cpus));
         for id in 0..config.cpus {
@@ -330,8 +376,6 @@ impl Machine {
         }
         timing.mark(Phase::Loaded);
 
-        let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
-        let outcome = Arc::new(Outcome { end: Mutex::new(None), ended });
         Ok(Machine {
             threads: Mutex::new(Threads { waiting, running: Vec::new() }),
             vm,
@@ -357,6 +401,7 @@ impl Machine {
     /// # Errors
     /// What makes no sense, and what KVM refuses: the machine cannot be started then.
     pub fn give_state(&self, state: &MachineState) -> Result<(), MachineError> {
+        cpuid::check(&open_kvm()?, self.module, state)?;
         restore(state, &self.vm, &self.threads().waiting, &self.platform)
     }
 
@@ -365,8 +410,9 @@ impl Machine {
     ///
     /// # Errors
     /// What the fault server says.
-    pub fn serve_faults(&self, source: Source) -> Result<Arc<Server>, MachineError> {
-        let server = fault::start(self.slots(), source, self.cpus as u8, self.fault_config.clone())?;
+    pub fn serve_faults(&self, source: Arc<dyn PageSource>) -> Result<Arc<Server>, MachineError> {
+        let config = FaultConfig { source: Some(source), ..self.fault_config.clone() };
+        let server = fault::start(self.slots(), self.ram.config(), self.cpus as u8, config, false)?;
         Ok(Arc::clone(self.fault.get_or_init(|| Arc::new(server))))
     }
 
@@ -426,6 +472,11 @@ impl Machine {
         self.gate.close(|| self.kick());
     }
 
+    /// Keeps vCPUs that have not been started yet from running when they are, until [`release`](Machine::release).
+    pub fn hold_start(&self) {
+        self.gate.shut();
+    }
+
     /// Undoes one [`hold`](Machine::hold).
     pub fn release(&self) {
         self.gate.open();
@@ -458,6 +509,11 @@ impl Machine {
     pub fn stop(&self) {
         self.gate.stop();
         self.kick();
+        if let Some(server) = self.fault.get() {
+            // Who waits for a page that cannot be had would wait for ever. It does not run on with what it gets: the kick is
+            // pending.
+            server.let_go();
+        }
         let threads = std::mem::take(&mut *self.threads());
         for (_, thread) in threads.running {
             // A panicked vCPU thread has printed its message; there is nothing to add.

@@ -20,6 +20,7 @@ use vmm::memory::{Faults, MemoryConfig};
 use vmm::migrate::{self, Address, MAX_CONNECTIONS, MigrateConfig};
 use vmm::options;
 use vmm::run::{Outcome, RunConfig, run};
+use vmm::snapshot::{Mode, Restore};
 use vmm::timing::{Phase, Timing};
 use vmm::track::TrackConfig;
 use vmm::working_set::WorkingSetConfig;
@@ -63,8 +64,11 @@ struct SnapshotArgs {
     /// JSON on standard output
     #[arg(long)]
     json: bool,
-    /// The snapshot: a file, which is there when it is whole
-    #[arg(value_name = "FILE")]
+    /// Just what was written since the last snapshot, or since the one that the machine was restored from
+    #[arg(long)]
+    diff: bool,
+    /// The snapshot: a directory, which is there when it is whole. One that is there is replaced by it
+    #[arg(value_name = "DIR")]
     output: std::path::PathBuf,
 }
 
@@ -149,9 +153,9 @@ enum DirtyVerb {
 
 #[derive(Subcommand)]
 enum LogVerb {
-    /// What is in a log, and whether it is whole
+    /// What is in a log or a snapshot, and whether it is whole
     Info {
-        /// The log; - for standard input
+        /// The log, - for standard input; or the directory of a snapshot
         log: std::path::PathBuf,
         /// Print JSON
         #[arg(long)]
@@ -177,6 +181,15 @@ enum LogVerb {
         #[arg(long, group = "form")]
         csv: bool,
     },
+    /// Make one full snapshot of a snapshot and all that it builds on
+    Merge {
+        /// The snapshot
+        #[arg(value_name = "DIR")]
+        snapshot: std::path::PathBuf,
+        /// The snapshot to make. One that is there is replaced
+        #[arg(short, long, value_name = "DIR")]
+        output: std::path::PathBuf,
+    },
     /// Make an image of memory as it was at the log's end
     Apply {
         /// A log with contents; - for standard input
@@ -188,9 +201,9 @@ enum LogVerb {
         #[arg(short, long, value_name = "IMAGE")]
         output: std::path::PathBuf,
     },
-    /// Check that a log is whole, and that an image is what the log says
+    /// Check that a log or a snapshot is whole, and that an image is what the log says
     Verify {
-        /// The log; - for standard input
+        /// The log, - for standard input; or the directory of a snapshot, with all that it builds on
         log: std::path::PathBuf,
         /// Image of memory as it was at the log's end
         #[arg(long)]
@@ -261,7 +274,7 @@ struct WatchArgs {
     #[arg(long, value_name = "POLICY")]
     prefault: Option<PrefaultChoice>,
     /// With fault=uffd, whether what came along counts as touched: old (not until it is written) or young
-    /// [default: old]
+    /// [default: old; young for a restore without --record-working-set]
     #[arg(long, value_name = "AGE")]
     prefault_age: Option<Age>,
     /// With fault=uffd, what the first write to a protected page opens: leaf, block or adaptive[,threshold=64]
@@ -323,22 +336,44 @@ struct WatchArgs {
 #[derive(Args)]
 struct RestoreArgs {
     /// The snapshot
-    #[arg(value_name = "FILE")]
+    #[arg(value_name = "DIR")]
     snapshot: std::path::PathBuf,
-    /// What the memory is made of, whose size is the snapshot's: huge=none|thp|hugetlb-2m|hugetlb-1g,shared=on|off,
-    /// fault=kernel|uffd
-    #[arg(long, value_name = "SPEC", default_value = "huge=thp", value_parser = without_size)]
-    memory: MemoryConfig,
+    /// When the memory is read, and what it is made of: mode=lazy|eager|map,huge=none|thp|hugetlb-2m|hugetlb-1g,
+    /// shared=on|off. lazy: when the guest touches it, and behind its back; eager: before it goes on; map: the kernel maps
+    /// the file of a full snapshot [default: mode=lazy where the monitor may serve its guest's faults, else eager]
+    #[arg(long, value_name = "SPEC", default_value = "huge=thp", value_parser = restore_memory)]
+    memory: RestoreMemory,
+    /// Check all contents before the guest goes on; without it they are checked when they are read, and with mode=map never
+    #[arg(long)]
+    verify: bool,
     #[command(flatten)]
     watch: WatchArgs,
 }
 
-/// A snapshot says how much memory there is.
-fn without_size(text: &str) -> Result<MemoryConfig, String> {
-    if !text.contains('=') || text.split(',').any(|part| part.starts_with("size=")) {
+/// What `vmm restore --memory` says.
+#[derive(Clone, Copy)]
+struct RestoreMemory {
+    mode: Option<Mode>,
+    memory: MemoryConfig,
+}
+
+/// A snapshot says how much memory there is, and the mode who answers faults.
+fn restore_memory(text: &str) -> Result<RestoreMemory, String> {
+    let (modes, rest): (Vec<&str>, Vec<&str>) = text.split(',').partition(|part| part.starts_with("mode="));
+    if rest.iter().any(|part| !part.contains('=') || part.starts_with("size=")) {
         return Err("the snapshot says how much memory there is".into());
     }
-    text.parse().map_err(|error: options::OptionError| error.to_string())
+    if rest.iter().any(|part| part.starts_with("fault=")) {
+        return Err("mode= says who answers faults: lazy is by the monitor, the others by the kernel".into());
+    }
+    let mode = match modes[..] {
+        [] => None,
+        [mode] => Some(mode["mode=".len()..].parse()?),
+        _ => return Err("mode= is given twice".into()),
+    };
+    let rest = rest.join(",");
+    let memory = if rest.is_empty() { Ok(MemoryConfig::default()) } else { rest.parse() };
+    Ok(RestoreMemory { mode, memory: memory.map_err(|error: options::OptionError| error.to_string())? })
 }
 
 fn bandwidth(text: &str) -> Result<u64, String> {
@@ -417,6 +452,7 @@ fn log_verb(verb: LogVerb) -> Result<(), LogfileError> {
         LogVerb::Export { log, csv, .. } => {
             logfile::export(&log, if csv { Export::Csv } else { Export::Json })
         }
+        LogVerb::Merge { snapshot, output } => logfile::merge(&snapshot, &output),
         LogVerb::Apply { log, base, output } => logfile::apply(&log, base.as_deref(), &output),
         LogVerb::Verify { log, image } => logfile::verify(&log, image.as_deref()),
         LogVerb::Heatmap { log, output } => logfile::heatmap(&log, output.as_deref()),
@@ -516,8 +552,22 @@ fn run_config(args: RunArgs) -> Result<RunConfig, Refused> {
 
 fn restore_config(args: RestoreArgs) -> Result<RunConfig, Refused> {
     let duration = args.watch.duration.unwrap_or(Duration::ZERO);
-    let config = watched(args.watch, args.memory)?;
-    Ok(RunConfig { restore: Some(args.snapshot), duration, ..config })
+    let RestoreMemory { mode, memory } = args.memory;
+    let mode = mode.unwrap_or_else(|| {
+        let best = Mode::best();
+        if best != Mode::Lazy {
+            eprintln!("vmm: this process may not serve its guest's faults: memory is read before it goes on (mode={best})");
+        }
+        best
+    });
+    let mut watch = args.watch;
+    if mode == Mode::Lazy && watch.record_working_set.is_none() {
+        // Who goes on should not pay for each page once more. A working set is exact with old pages only.
+        watch.prefault_age.get_or_insert(Age::Young);
+    }
+    let config = watched(watch, MemoryConfig { fault: mode.faults(), ..memory })?;
+    let restore = Restore { path: args.snapshot, mode, verify: args.verify };
+    Ok(RunConfig { restore: Some(restore), duration, ..config })
 }
 
 fn run_verb(config: Result<RunConfig, Refused>, timing: &Timing) -> ExitCode {
@@ -554,7 +604,7 @@ fn main() -> ExitCode {
             timing.mark(Phase::Parsed);
             run_verb(restore_config(*args), &timing)
         }
-        Verb::Snapshot(args) => said(dirty::snapshot(&args.api_socket, &args.output, args.json)),
+        Verb::Snapshot(args) => said(dirty::snapshot(&args.api_socket, &args.output, args.diff, args.json)),
         Verb::Migrate(args) => migrate_verb(args),
         Verb::Dirty(args) => said(dirty_verb(args)),
         Verb::Log(verb) => said(log_verb(verb)),

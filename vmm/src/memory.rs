@@ -9,6 +9,7 @@
 //! 2.4 ms, measured on a nested host), and the legacy holes below 1 MiB would split the block anyway.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -259,6 +260,7 @@ pub struct Ram {
     mem: GuestRam,
     regions: Vec<RamRegion>,
     config: MemoryConfig,
+    anonymous: bool,
 }
 
 impl Ram {
@@ -267,6 +269,19 @@ impl Ram {
     /// # Errors
     /// See [`MemoryError`].
     pub fn new(config: MemoryConfig) -> Result<Ram, MemoryError> {
+        Ram::made_of(config, None)
+    }
+
+    /// RAM that begins as what is in `file`, which has the byte of each guest-physical address at that offset. What is
+    /// written to it stays its own.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn of_file(config: MemoryConfig, file: &File) -> Result<Ram, MemoryError> {
+        Ram::made_of(config, Some(file))
+    }
+
+    fn made_of(config: MemoryConfig, file: Option<&File>) -> Result<Ram, MemoryError> {
         if config.size < MIN_SIZE || config.size > MAX_SIZE {
             return Err(MemoryError::Size(config.size));
         }
@@ -281,7 +296,14 @@ impl Ram {
         let ranges = ranges.into_iter().filter(|(_, len)| *len > 0);
         let (mut regions, mut views) = (Vec::with_capacity(3), Vec::with_capacity(3));
         for (gpa, len) in ranges {
-            let mapping = map(config, len)?;
+            let mapping = match file {
+                Some(file) => {
+                    let backing = Backing::Private { file, offset: gpa };
+                    let mapped = Mapping::new(len as usize, BLOCK as usize, backing);
+                    mapped.map_err(|source| MemoryError::Map { size: config.size, source })?
+                }
+                None => map(config, len)?,
+            };
             if config.huge.hugetlb_shift().is_none() {
                 // Where a thread of this process brings every page, the kernel would still clear a huge one at
                 // each first fault of a block, only to find that the fault is not its own
@@ -304,7 +326,7 @@ impl Ram {
             regions.push(RamRegion { gpa, len, mapping });
         }
         let mem = GuestRam::from_regions(views).map_err(|e| MemoryError::Layout(e.to_string()))?;
-        Ok(Ram { mem, regions, config })
+        Ok(Ram { mem, regions, config, anonymous: file.is_none() && !config.shared })
     }
 
     /// Memory by guest-physical address.
@@ -326,7 +348,7 @@ impl Ram {
     /// there is another source of pages than the kernel's zeros, or the kernel does not tell (before Linux 6.7).
     pub fn maybe_nonzero(&self) -> Vec<PageRange> {
         let mut touched = Vec::new();
-        let zeros = !self.config.shared && self.config.fault == Faults::Kernel;
+        let zeros = self.anonymous && self.config.fault == Faults::Kernel;
         match Pagemap::open() {
             Ok(pagemap)
                 if zeros && self.regions.iter().all(|region| region.touched(&pagemap, &mut touched)) =>
@@ -351,6 +373,11 @@ impl Ram {
         let has = |region: &&RamRegion| start >= region.gpa && start - region.gpa < region.len;
         let region = self.regions.iter().find(has).ok_or(io::ErrorKind::InvalidInput)?;
         region.mapping.discard((start - region.gpa) as usize, range.bytes() as usize)
+    }
+
+    /// Whether what is not there is zeros, and in no file.
+    pub fn is_anonymous(&self) -> bool {
+        self.anonymous
     }
 
     /// Host address of the byte at `gpa`, if it is RAM.

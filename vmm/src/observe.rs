@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use dirty_track::log::End;
 use dirty_track::tracker::{Kind, TrackerError};
-use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -17,7 +16,7 @@ use crate::board::{Board, DumpStatus, Posted};
 use crate::cost;
 use crate::dump::{self, Dump, DumpConfig, DumpError};
 use crate::forecast::Link;
-use crate::live::{LiveError, Observer, Totals};
+use crate::live::{Epoch, LiveError, Observer, Totals};
 use crate::machine::Machine;
 use crate::memory::Faults;
 use crate::migrate::drive::Drive;
@@ -26,7 +25,7 @@ use crate::migrate::report::MigrationReport;
 use crate::migrate::{self, MigrateConfig, MigrateError};
 use crate::sampled::{Looker, Looks};
 use crate::show::Show;
-use crate::snapshot::{self, Shape, SnapshotError};
+use crate::snapshot::{self, Base, Shape, SnapshotError, SnapshotReport};
 use crate::track::{SAMPLED, TrackConfig};
 use crate::working_set::WorkingSetConfig;
 
@@ -41,6 +40,8 @@ pub(crate) struct Observers {
     pub(crate) working_set: Option<WorkingSetConfig>,
     /// What goes into a snapshot.
     pub(crate) shape: Shape,
+    /// The snapshot that the machine goes on from, of which a first diff can be made.
+    pub(crate) base: Option<Base>,
 }
 
 /// By what is observed.
@@ -95,6 +96,8 @@ pub(crate) struct Plan {
     pub(crate) epoch: Duration,
     /// Measure what a fault costs the guest.
     pub(crate) wants_cost: bool,
+    /// The vCPUs are held until memory is tracked: nothing that they write is missed.
+    pub(crate) held: bool,
 }
 
 /// Where a dump goes.
@@ -112,7 +115,7 @@ pub(crate) enum Command {
     /// To end it with an epoch that is cut short.
     EndDump(Reply<DumpStatus>),
     /// To write a snapshot.
-    Snapshot(Box<dyn Sink>, Reply<SnapshotReport>),
+    Snapshot(snapshot::Request, Reply<SnapshotReport>),
     /// To begin a migration.
     Migrate(Box<MigrateConfig>, Cancel, Reply<()>),
     /// To run the guest here after all, of which it is not known whether it was taken.
@@ -152,31 +155,6 @@ pub(crate) enum Refusal {
     #[error("the guest is this side's: there is nothing to reclaim")]
     NotInDoubt,
 }
-
-/// How a snapshot was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotReport {
-    /// Seconds from the beginning until the file was there.
-    pub seconds: f64,
-    /// Microseconds for which the guest stood still.
-    pub still_us: f64,
-    /// Pages whose contents were written, some of them more than once.
-    pub pages: u64,
-    /// Pages that were all zeros.
-    pub zero: u64,
-    /// Pages that were copied while the guest stood still.
-    pub last_pages: u64,
-    /// Epochs, all of memory included.
-    pub epochs: u64,
-    /// Bytes of the file.
-    pub bytes: u64,
-}
-
-/// So many pages are copied while the guest stands still.
-const FEW: u64 = 256;
-
-/// After so many epochs the guest stands still for as many as there are.
-const SNAPSHOT_EPOCHS: u32 = 8;
 
 /// What was observed.
 pub(crate) struct Observed {
@@ -282,7 +260,11 @@ enum Wait {
 impl Watch {
     /// An epoch after the other, until it is over.
     fn run(&mut self) -> Result<(), LiveError> {
-        if self.plan.builtin && !matches!(self.eye.by, By::Nothing) && !self.wait_for_workload() {
+        if self.plan.builtin
+            && !self.plan.held
+            && !matches!(self.eye.by, By::Nothing)
+            && !self.wait_for_workload()
+        {
             return Ok(());
         }
         self.begin()?;
@@ -311,6 +293,12 @@ impl Watch {
             By::Tracker(observer) => {
                 observer.count_from(self.next_epoch);
                 observer.arm()?;
+                if let Some(base) = self.observers.base.take() {
+                    observer.set_base(base);
+                }
+                if std::mem::take(&mut self.plan.held) {
+                    self.observers.machine.release();
+                }
                 if self.plan.wants_cost
                     && let Ok(Some(cost)) = cost::measure(self.eye.kind, &self.eye.track)
                 {
@@ -323,6 +311,9 @@ impl Watch {
                 self.looks = Some(Looks::default());
             }
             By::Nothing => {}
+        }
+        if std::mem::take(&mut self.plan.held) {
+            self.observers.machine.release();
         }
         let (tracker, armed) = (self.eye.name, !matches!(self.eye.by, By::Nothing));
         let epoch_s = self.plan.epoch.as_secs_f64();
@@ -436,8 +427,8 @@ impl Watch {
                 self.close(true)?;
                 let _ = reply.send(Ok(self.board.posted().dump.clone().unwrap_or_default()));
             }
-            Command::Snapshot(sink, reply) => {
-                let outcome = self.snapshot(sink);
+            Command::Snapshot(request, reply) => {
+                let outcome = self.snapshot(&request);
                 let _ = reply.send(outcome);
             }
             Command::Migrate(config, cancel, reply) => self.migrate(&config, &cancel, reply),
@@ -551,61 +542,18 @@ impl Watch {
         Ok(())
     }
 
-    /// Writes all of memory while the guest runs, then what it wrote meanwhile, until that is little; then the guest stands
-    /// still for the rest, and for the machine's state.
-    fn snapshot(&mut self, sink: Box<dyn Sink>) -> Result<SnapshotReport, Refusal> {
+    fn snapshot(&mut self, request: &snapshot::Request) -> Result<SnapshotReport, Refusal> {
         if self.dump.is_some() {
             return Err(Refusal::Dumping);
         }
-        if !matches!(self.eye.by, By::Tracker(_)) {
-            return Err(Refusal::NotTracking);
-        }
-        let begin = Instant::now();
-        self.close(false)?;
-        let By::Tracker(observer) = &mut self.eye.by else { return Err(Refusal::NotTracking) };
-        let machine = Arc::clone(&self.observers.machine);
-        let ram = machine.ram();
-        let config = DumpConfig { pages: true, full: true, ..DumpConfig::default() };
-        let out = Counted { sink, bytes: 0 };
-        let mut dump = Dump::begin(out, ram, self.eye.name, observer.guarantees(), config)?;
-        dump.all(ram)?;
-        let mut before = u64::MAX;
-        for _ in 0..SNAPSHOT_EPOCHS {
-            let mut written = Ok(());
-            let epoch = observer.close_epoch_with(false, |harvest, seconds| {
-                written = dump.epoch(harvest, ram, seconds);
-            })?;
-            written?;
-            self.show.epoch(&epoch);
-            // It does not become less from one epoch to the next.
-            if epoch.dirty_pages <= FEW || epoch.dirty_pages > before / 4 * 3 {
-                break;
-            }
-            before = epoch.dirty_pages;
-        }
-        // What devices wrote is in the last epoch, and they write nothing after it.
-        let devices = machine.platform().pause();
-        let shape = &self.observers.shape;
-        let mut written: Result<(), Refusal> = Ok(());
-        let epoch = observer.close_epoch_with(true, |harvest, seconds| {
-            written = dump
-                .epoch(harvest, ram, seconds)
-                .map_err(Refusal::from)
-                .and_then(|()| Ok(snapshot::write_state(dump.log(), &machine, shape)?));
-        })?;
-        drop(devices);
-        written?;
-        self.show.epoch(&epoch);
-        let (end, bytes) = complete(dump)?;
-        Ok(SnapshotReport {
-            seconds: begin.elapsed().as_secs_f64(),
-            still_us: epoch.stall_us,
-            pages: end.total.pages,
-            zero: end.total.zero,
-            last_pages: epoch.dirty_pages,
-            epochs: end.epochs,
-            bytes,
-        })
+        let Observers { machine, shape, .. } = &self.observers;
+        let observer = match &mut self.eye.by {
+            By::Tracker(observer) => Some(&mut **observer),
+            By::Sample(..) | By::Nothing => None,
+        };
+        let show = &mut self.show;
+        let mut show = |epoch: &Epoch| show.epoch(epoch);
+        Ok(snapshot::take(machine, shape, observer, self.eye.kind, request, &mut show)?)
     }
 
     /// Waits until the built-in guest's workload begins, so that the first epoch begins with it. A guest that does

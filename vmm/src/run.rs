@@ -27,15 +27,15 @@ use crate::forecast::Link;
 use crate::host::KvmModule;
 use crate::live::{LiveError, Totals};
 use crate::machine::{From, Machine, MachineConfig, MachineError};
-use crate::memory::{MemoryConfig, Ram};
+use crate::memory::{Faults, MemoryConfig, Ram};
 use crate::migrate::destination::Incoming;
 use crate::migrate::lane::Cancel;
 use crate::migrate::{Address, MigrateError};
 use crate::observe::{Observers, Observing, Plan};
 use crate::panel::{self, Subject};
 use crate::show::{Show, Start, Summary, To};
-use crate::snapshot::{self, Shape, SnapshotError};
-use crate::sys::signals::Signals;
+use crate::snapshot::{self, Restore, Restored, Shape, SnapshotError};
+use crate::sys::signals::{Signals, ignore};
 use crate::sys::tty::RawMode;
 use crate::terminal::{Terminal, restore_on_panic};
 use crate::timing::Timing;
@@ -87,7 +87,7 @@ pub struct RunConfig {
     /// Where to serve the control socket.
     pub api_socket: Option<PathBuf>,
     /// Go on from this snapshot, which says what the machine is made of.
-    pub restore: Option<PathBuf>,
+    pub restore: Option<Restore>,
     /// Wait here for a machine that comes from elsewhere.
     pub incoming: Option<Address>,
 }
@@ -171,18 +171,31 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         }
         None => None,
     };
-    let restored = config.restore.as_deref().map(|path| snapshot::read(path, config.memory)).transpose()?;
+    let restored =
+        config.restore.as_ref().map(|restore| snapshot::open(restore, config.memory)).transpose()?;
     let shape = match (&mut incoming, &restored) {
         (Some(incoming), _) => incoming.shape(&config.disks, &config.memory)?,
-        (None, Some(snapshot)) => snapshot.shape.clone(),
+        (None, Some(restored)) => restored.saved.shape.clone(),
         (None, None) => config.shape(),
     };
+    let base = restored.as_ref().map(|restored| restored.base.clone());
+    let held = restored.is_some();
     config.memory.size = shape.memory;
-    let from = match (&incoming, restored) {
-        (Some(_), _) => Some(From { ram: Ram::new(config.memory).map_err(MachineError::from)?, state: None }),
-        (None, restored) => restored.map(|snapshot| From { ram: snapshot.ram, state: Some(snapshot.state) }),
+    let from = match restored {
+        Some(Restored { saved, ram, chain, .. }) => {
+            if ram.config().fault == Faults::Uffd {
+                config.fault.source = Some(chain);
+            }
+            Some(From { ram, state: Some(saved.state) })
+        }
+        None if incoming.is_some() => {
+            Some(From { ram: Ram::new(config.memory).map_err(MachineError::from)?, state: None })
+        }
+        None => None,
     };
     let builtin = shape.builtin;
+    // A file that cannot become longer is an error of whoever writes it, and no reason to end.
+    ignore(libc::SIGXFSZ).map_err(system("take over signals"))?;
     restore_on_panic();
     // A guest that does not listen to its console leaves Ctrl-C to the user.
     let stdin = io::stdin();
@@ -215,6 +228,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         owners: config.owners,
         working_set: config.working_set,
         shape,
+        base,
     };
     let eye = observers.eye(config.track)?;
     let chosen_because = eye.chosen_because;
@@ -273,6 +287,9 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         }
         None => None,
     };
+    if held {
+        machine.hold_start();
+    }
     machine.start()?;
     show.start(&Start {
         memory: config.memory,
@@ -285,7 +302,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     if !builtin && machine.module() == KvmModule::Pvm {
         show.note(PVM_HINT);
     }
-    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet };
+    let plan = Plan { builtin, epoch: config.epoch, wants_cost: !config.quiet, held };
     let observing = Observing::start((commands, orders), observers, eye, show, board, plan, another(&quit)?)
         .map_err(system("start the observer thread"))?;
     while !control.lock().unwrap_or_else(PoisonError::into_inner).ended {

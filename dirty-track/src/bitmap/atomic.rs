@@ -60,6 +60,11 @@ impl DirtyBitmap {
         page < self.pages && self.marks.load(page / PAGES_PER_WORD) & bit(page) != 0
     }
 
+    /// The marks of word number `word`; none beyond the end.
+    pub(crate) fn word(&self, word: usize) -> u64 {
+        if word < words_for(self.pages) { self.marks.load(word) } else { 0 }
+    }
+
     /// Cleans `page`, and says whether it was marked.
     pub fn test_and_clear(&self, page: usize) -> bool {
         page < self.pages && self.marks.take(page / PAGES_PER_WORD, bit(page)) != 0

@@ -29,7 +29,7 @@ pub enum Age {
     /// As not touched, until they are seen to be.
     #[default]
     Old,
-    /// Like the page that faulted. For measuring what the other costs.
+    /// Like the page that faulted: its first write costs nothing, where memory is not tracked.
     Young,
 }
 

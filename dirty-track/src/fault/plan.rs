@@ -136,14 +136,14 @@ pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) 
     Plan::Install(Install { filled, cached, zeroed, protected, open, written: write, zero_page })
 }
 
-/// How `leaves`, all of them missing, are installed before anybody faulted.
-pub(super) fn ahead(origin: Origin, leaves: Leaves) -> Install {
+/// How `leaves`, all of them missing, are installed before anybody faulted. With `track` every first write is to be seen.
+pub(super) fn ahead(origin: Origin, leaves: Leaves, track: bool, age: Age) -> Install {
     let zero = origin == Origin::Zero;
     Install {
         filled: if zero { Leaves::NONE } else { leaves },
         cached: origin == Origin::Cache,
         zeroed: if zero { leaves } else { Leaves::NONE },
-        protected: origin != Origin::Staged,
+        protected: origin != Origin::Staged && (track || age == Age::Old),
         open: false,
         written: false,
         zero_page: false,

@@ -67,6 +67,23 @@ impl Served {
         self.hva..self.hva + self.frames.bytes()
     }
 
+    /// The leaves of the block of `gfn` that the source has something but zeros for, as far as it knows.
+    pub(super) fn filled(&self, gfn: Gfn) -> io::Result<Leaves> {
+        let first = gfn.block() * LEAVES_PER_BLOCK;
+        let start = first.max(self.frames.start.0);
+        let end = (first + LEAVES_PER_BLOCK).min(self.frames.end().0);
+        let mut leaves = Leaves::NONE;
+        let mut add = |range: PageRange| {
+            let leaf = |gfn: u64| (gfn.clamp(start, end) - first) as usize;
+            leaves |= Leaves::range(leaf(range.start.0)..leaf(range.end().0));
+        };
+        match &self.source {
+            Some(source) => source.filled(PageRange { start: Gfn(start), pages: end - start }, &mut add)?,
+            None => add(PageRange { start: Gfn(start), pages: end - start }),
+        }
+        Ok(leaves)
+    }
+
     /// Whether nothing has to be fetched first.
     fn has_at_hand(&self, worker: &Worker, install: &Install) -> bool {
         install.cached || self.origin != Origin::Buffer || worker.fetched.includes(&install.filled)
@@ -221,7 +238,8 @@ impl<K: Kernel> Pager<K> {
                 return Ok(());
             }
             let missing = if slot.huge { block.own() } else { missing };
-            let install = ahead(slot.origin, missing);
+            let track = self.track.load(Ordering::Acquire);
+            let install = ahead(slot.origin, missing, track, self.policies.age);
             if !slot.has_at_hand(worker, &install) {
                 let first = block.first();
                 drop((block, no_news));

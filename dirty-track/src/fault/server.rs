@@ -35,11 +35,13 @@ pub struct Config {
     /// Number of threads: 1 or more. One serves some forty thousand faults a second; more help where a source takes
     /// its time.
     pub handlers: usize,
+    /// What nobody asks for is brought in meanwhile, by a thread that gives way to handlers.
+    pub fill: bool,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        Config { policies: Policies::default(), working_set: WorkingSet::default(), handlers: 1 }
+        Config { policies: Policies::default(), working_set: WorkingSet::default(), handlers: 1, fill: false }
     }
 }
 
@@ -80,7 +82,7 @@ impl Server {
     /// [`FaultError::Userfaultfd`]; [`FaultError::Pagemap`] and [`FaultError::Look`]; [`FaultError::Slot`] when a slot and its source do not go together;
     /// [`FaultError::Config`]; [`FaultError::Register`]; [`FaultError::Handler`].
     pub fn start(slots: Vec<(Slot, Source)>, config: Config) -> Result<Server, FaultError> {
-        let Config { policies, working_set, handlers } = config;
+        let Config { policies, working_set, handlers, fill } = config;
         if handlers == 0 {
             return Err(FaultError::Config("there must be a handler"));
         }
@@ -141,6 +143,9 @@ impl Server {
         if policies.prefault == Prefault::Recorded {
             server.work_ahead().map_err(FaultError::Handler)?;
         }
+        if fill {
+            server.fill_meanwhile().map_err(FaultError::Handler)?;
+        }
         Ok(server)
     }
 
@@ -153,6 +158,17 @@ impl Server {
             let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead()));
         };
         self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
+        Ok(())
+    }
+
+    /// Brings in what nobody asks for.
+    fn fill_meanwhile(&mut self) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let work = move || {
+            // A source that fails or panics here is asked again by a handler, which reports it.
+            let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest()));
+        };
+        self.threads.push(thread::Builder::new().name("fault-fill".into()).spawn(work)?);
         Ok(())
     }
 
@@ -253,19 +269,18 @@ impl Server {
     /// # Errors
     /// [`FaultError::Fetch`], [`FaultError::Install`]. It can be called again.
     pub fn fill_rest(&self) -> Result<(), FaultError> {
-        let pager = &self.shared.pager;
-        let mut worker = Worker::default();
-        for (index, slot) in pager.slots.iter().enumerate() {
-            // The kernel itself finds what is in a file, and makes zeros.
-            if matches!(slot.origin, Origin::Cache | Origin::Zero) {
-                continue;
-            }
-            for block in slot.frames.start.block()..=Gfn(slot.frames.end().0 - 1).block() {
-                let gfn = Gfn((block * LEAVES_PER_BLOCK).max(slot.frames.start.0));
-                pager.fill_block(&mut worker, index, gfn, |_| Leaves::ALL)?;
-            }
+        self.shared.fill_rest()
+    }
+
+    /// Lets everybody go on who sleeps, with pages of zeros, or of what a shared file has, where none are; from now on nothing
+    /// is served. For a guest that does not run on.
+    pub fn let_go(&self) {
+        let kernel = &self.shared.pager.kernel;
+        for slot in &kernel.slots {
+            // What is not registered any more need not be unregistered.
+            let _ = kernel.uffd.unregister(slot.slot().hva(), slot.slot().len());
         }
-        Ok(())
+        self.shared.wake_all();
     }
 
     /// Ends the service. Whoever sleeps is woken; pages that are still missing read as zero, or as what a shared file
@@ -429,6 +444,34 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// See [`Server::fill_rest`]. It ends with the service.
+    fn fill_rest(&self) -> Result<(), FaultError> {
+        let pager = &self.pager;
+        let mut worker = Worker::default();
+        for (index, slot) in pager.slots.iter().enumerate() {
+            // The kernel itself finds what is in a file, and makes zeros.
+            if matches!(slot.origin, Origin::Cache | Origin::Zero) {
+                continue;
+            }
+            for block in slot.frames.start.block()..=Gfn(slot.frames.end().0 - 1).block() {
+                if pager.counters.now().waiting > 0 {
+                    // A handler has to do. Not by a low priority: a block that is being filled is held, and whoever has it
+                    // must not have to wait for a processor.
+                    thread::yield_now();
+                }
+                if self.ending.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                let gfn = Gfn((block * LEAVES_PER_BLOCK).max(slot.frames.start.0));
+                let wanted = slot.filled(gfn).map_err(|source| FaultError::Fetch { gfn, source })?;
+                if !wanted.is_empty() {
+                    pager.fill_block(&mut worker, index, gfn, |_| wanted)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn failed(&self, error: FaultError) {

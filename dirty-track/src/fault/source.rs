@@ -22,6 +22,16 @@ pub trait PageSource: fmt::Debug + Send + Sync {
     /// # Errors
     /// Whatever keeps it from that. It is reported and tried again.
     fn fetch(&self, pages: PageRange, into: &mut [u8]) -> io::Result<()>;
+
+    /// Hands those of `pages` to `take` that may be something else than zeros: the others need not be brought in unless
+    /// somebody asks for them. A source that does not know says all.
+    ///
+    /// # Errors
+    /// As for [`fetch`](Self::fetch).
+    fn filled(&self, pages: PageRange, take: &mut dyn FnMut(PageRange)) -> io::Result<()> {
+        take(pages);
+        Ok(())
+    }
 }
 
 /// A file, or a part of one, that holds the pages from one frame on.

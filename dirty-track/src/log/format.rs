@@ -59,7 +59,7 @@ pub struct StreamId(pub u128);
 
 impl StreamId {
     /// Seed of the checksums.
-    pub(super) fn seed(self) -> u64 {
+    pub(crate) fn seed(self) -> u64 {
         self.0 as u64 ^ (self.0 >> 64) as u64
     }
 }

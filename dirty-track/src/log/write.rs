@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::addr::{Gfn, Gpa, PAGE_BYTES, PageRange};
+use crate::image::is_zero;
 use crate::log::codec::{AS_IT_IS, Compression, Encoder};
 use crate::log::format::{HEAD, Head, PAGES_HEAD, PRELUDE, kind};
 use crate::log::{CHUNK_PAGES, End, Epoch, EpochEnd, Header, MAGIC, MAX_PAYLOAD, Span, VERSION, WriteError};
@@ -380,9 +381,4 @@ impl<W: Write> EpochWriter<'_, W> {
         self.0.end.total.add(&end);
         Ok(end)
     }
-}
-
-/// Whether a page has no byte but zeros. Most that have one have it early.
-fn is_zero(page: &[u8]) -> bool {
-    page.chunks(256).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }

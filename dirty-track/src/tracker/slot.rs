@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{Address, GuestMemoryRegion, GuestRegionMmap, MmapRegion, VolatileMemory};
 
-use crate::addr::{Gfn, Gpa, PAGE_SIZE, PageRange};
+use crate::addr::{Gfn, Gpa, PAGE_SHIFT, PAGE_SIZE, PageRange};
 use crate::region::RegionBitmap;
 use crate::tracker::TrackerError;
 use crate::tracker::change::Tracked;
@@ -149,6 +149,12 @@ impl Slot {
     pub(crate) fn excludes(&self, other: &Slot) -> bool {
         let meet = |a: u64, b: u64| a < b.saturating_add(other.len()) && b < a.saturating_add(self.len());
         self.id == other.id || meet(self.gpa.0, other.gpa.0) || meet(self.hva(), other.hva())
+    }
+
+    /// Copies what is in memory from page `page` on, as it is at this moment, to `into`.
+    pub(crate) fn read(&self, page: usize, into: &mut [u8]) -> bool {
+        let copied = self.mapping.get_slice(page << PAGE_SHIFT, into.len()).map(|slice| slice.copy_to(into));
+        copied.is_ok_and(|bytes| bytes == into.len())
     }
 
     /// The record of the host's writes to it.

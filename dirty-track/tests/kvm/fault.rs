@@ -218,7 +218,7 @@ fn a_guest_finds_what_its_source_has() {
             let Backed { machine, guest, .. } = &mut backed;
             let policies = Policies { prefault: prefault.parse().unwrap(), ..Policies::default() };
             let working_set = WorkingSet::new([PageRange { start: Gfn(0x402), pages: 0x20 }]);
-            let config = Config { policies, working_set, handlers: 2 };
+            let config = Config { policies, working_set, handlers: 2, ..Config::default() };
             let source = Source::Fetch(Arc::new(Originals));
             let Some(server) = serve(test, machine, &source, config) else { return };
             let pages = scattered();
@@ -267,7 +267,8 @@ fn a_recorded_working_set_is_there_before_it_is_asked_for() {
         let pages = scattered();
         let recorded = pages.iter().map(|&start| PageRange { start, pages: 1 });
         let beyond = PageRange { start: Gfn(SLOTS[1].0.0 + SLOTS[1].1 - 3), pages: 1 << 50 };
-        let config = Config { policies, working_set: WorkingSet::new(recorded.chain([beyond])), handlers: 1 };
+        let working_set = WorkingSet::new(recorded.chain([beyond]));
+        let config = Config { policies, working_set, ..Config::default() };
         let Some(server) = serve(test, machine, &Source::Fetch(Arc::new(Originals)), config) else { return };
         let all = pages.len() as u64 + 2;
         let patience = Instant::now() + Duration::from_secs(60);

@@ -43,6 +43,7 @@ impl IntoResponse for Failure {
 impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Failure {
         match refusal {
+            Refusal::Snapshot(error) if error.is_refusal() => Failure::conflict(error),
             Refusal::Live(_) | Refusal::Complete(_) | Refusal::Snapshot(_) => {
                 Failure(StatusCode::INTERNAL_SERVER_ERROR, refusal.to_string())
             }

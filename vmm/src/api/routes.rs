@@ -28,9 +28,10 @@ use crate::live::{Epoch, Totals};
 use crate::migrate::lane::Cancel;
 use crate::migrate::report::Phase;
 use crate::migrate::{Address, MAX_CONNECTIONS, MigrateConfig};
-use crate::observe::{Command, Refusal, Reply, Sink, SnapshotReport};
+use crate::observe::{Command, Refusal, Reply, Sink};
 use crate::options::{self, LONGEST_EPOCH};
 use crate::sampled::{Look, Looks};
+use crate::snapshot::{Request, SnapshotReport};
 use crate::track::TrackConfig;
 use crate::vcpu::End;
 
@@ -187,21 +188,12 @@ fn key(name: &str) -> Option<Vec<u8>> {
     Some(vec![byte])
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SnapshotRequest {
-    path: PathBuf,
-}
-
 async fn snapshot(
     State(subject): State<Arc<Subject>>,
-    Body(SnapshotRequest { path }): Body<SnapshotRequest>,
+    Body(request): Body<Request>,
 ) -> Answer<Json<SnapshotReport>> {
     not_while_dumping(&subject)?;
-    let sink = FileSink::create(&path)
-        .map_err(|error| Failure::bad(format!("cannot write to {}: {error}", path.display())))?;
-    let sink: Box<dyn Sink> = Box::new(sink);
-    command(&subject, |reply| Command::Snapshot(sink, reply)).await.map(Json)
+    command(&subject, |reply| Command::Snapshot(request, reply)).await.map(Json)
 }
 
 /// Dirty memory now.

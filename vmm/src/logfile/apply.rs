@@ -10,7 +10,7 @@ use dirty_track::addr::{Gfn, PAGE_BYTES};
 use dirty_track::log::{Event, replay};
 use twox_hash::XxHash3_64;
 
-use super::{LogfileError, open, read_error, write_error};
+use super::{LogfileError, open, read_error, snapshots, write_error};
 use crate::beside::Beside;
 use crate::options::human_size;
 use crate::panel::grouped;
@@ -75,6 +75,9 @@ const REMEMBERED: u64 = 16 << 20;
 /// # Errors
 /// See [`LogfileError`].
 pub fn verify(path: &Path, image: Option<&Path>) -> Result<(), LogfileError> {
+    if path.is_dir() {
+        return snapshots::verify(path);
+    }
     let mut log = open(path)?;
     if image.is_some() && !log.header().contents {
         return Err(LogfileError::NoContents(path.to_owned()));

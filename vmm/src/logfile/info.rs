@@ -5,7 +5,7 @@ use std::path::Path;
 use dirty_track::log::{End, Epoch, Event, Header};
 use serde::Serialize;
 
-use super::{LogfileError, open, print, read_error};
+use super::{LogfileError, open, print, read_error, snapshots};
 use crate::options::human_size;
 use crate::panel::grouped;
 
@@ -32,6 +32,9 @@ const NAMED: usize = 256;
 /// # Errors
 /// See [`LogfileError`].
 pub fn info(path: &Path, json: bool) -> Result<(), LogfileError> {
+    if path.is_dir() {
+        return snapshots::info(path, json);
+    }
     let mut log = open(path)?;
     let mut last = Epoch::default();
     let (mut states, mut end) = (Vec::new(), End::default());

@@ -7,17 +7,21 @@ mod apply;
 mod heatmap;
 mod info;
 mod ranges;
+mod snapshots;
 
 pub use apply::{apply, verify};
 pub use heatmap::heatmap;
 pub use info::info;
 pub use ranges::{Export, export, ranges};
+pub use snapshots::merge;
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use dirty_track::log::{LogReader, ReadError, ReplayError};
+
+use crate::snapshot::SnapshotError;
 
 /// Why a verb failed.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +77,9 @@ pub enum LogfileError {
     /// Nothing to draw.
     #[error("{}: the log has no epochs, so there is nothing to draw", .0.display())]
     Empty(PathBuf),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Contents that are needed.
     #[error("{}: the log has no contents of pages: write it with --pages", .0.display())]
     NoContents(PathBuf),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use dirty_track::addr::{Gfn, PAGE_BYTES, PAGE_SIZE, PageRange};
 use dirty_track::bitmap::DirtyBitmap;
-use dirty_track::fault::{PageSource, Server, Source};
+use dirty_track::fault::{PageSource, Server};
 use dirty_track::log::{Event, LogReader, SlotInfo, StreamId};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -198,7 +198,7 @@ impl Incoming {
             }
             let lanes = if missing.is_empty() { Vec::new() } else { self.lanes.split_off(1) };
             let pages = Arc::new(Rest::new(slots, missing, lanes, self.hello.id));
-            let source = Source::Fetch(Arc::clone(&pages) as Arc<dyn PageSource>);
+            let source = Arc::clone(&pages) as Arc<dyn PageSource>;
             let server =
                 machine.serve_faults(source).map_err(|error| MigrateError::Machine(error.to_string()))?;
             rest = Some((pages, server));

@@ -24,6 +24,13 @@ pub enum Backing<'a> {
     },
     /// The file from its start, shared.
     Shared(&'a File),
+    /// The file from `offset` on, private: what is written is not the file's. Not reserved against the commit limit.
+    Private {
+        /// The file.
+        file: &'a File,
+        /// A multiple of 4096.
+        offset: u64,
+    },
 }
 
 /// Advice on huge pages for a range of a [`Mapping`].
@@ -71,6 +78,10 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let start = (base as usize).next_multiple_of(align);
+        let offset = match backing {
+            Backing::Private { offset, .. } => offset,
+            _ => 0,
+        };
         let (flags, fd) = match backing {
             Backing::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1),
             Backing::Hugetlb { shift } => (
@@ -81,6 +92,7 @@ impl Mapping {
                 -1,
             ),
             Backing::Shared(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            Backing::Private { file, .. } => (libc::MAP_PRIVATE | libc::MAP_NORESERVE, file.as_raw_fd()),
         };
         // SAFETY: MAP_FIXED replaces a part of the reservation that was just made and that nobody else knows.
         let addr = unsafe {
@@ -90,7 +102,7 @@ impl Mapping {
                 libc::PROT_READ | libc::PROT_WRITE,
                 flags | libc::MAP_FIXED,
                 fd,
-                0,
+                offset as libc::off_t,
             )
         };
         if addr == libc::MAP_FAILED {

@@ -5,5 +5,6 @@ pub mod kick;
 pub mod kvm;
 pub mod mmap;
 pub mod probe;
+pub(crate) mod rename;
 pub mod signals;
 pub mod tty;

@@ -71,3 +71,15 @@ impl Drop for Signals {
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.former, ptr::null_mut()) };
     }
 }
+
+/// Lets `signal` pass without effect from now on, in the whole process.
+///
+/// # Errors
+/// What `signal` says.
+pub fn ignore(signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: to ignore a signal runs no code of ours.
+    match unsafe { libc::signal(signal, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
