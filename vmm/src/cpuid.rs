@@ -25,6 +25,18 @@ const HTT: u32 = 1 << 28;
 /// Leaf 0x40000001, EAX: PV_UNHALT, PV_SEND_IPI and PV_SCHED_YIELD, hypercalls all three. On kvm_pvm a
 /// `vmcall` from the guest never returns.
 const KVM_HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
+/// Leaf 0x40000001, EAX: ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT: KVM tells the guest which pages are on their way,
+/// and by an interrupt that they have come.
+///
+/// No guest gets that, for with it a guest can wait for ever for a page that is protected by userfaultfd. KVM keeps a
+/// page that has come on its list until it can say so, and that is not before the guest's APIC is enabled
+/// (`kvm_arch_can_dequeue_async_page_present`); Linux enables interrupts earlier, and with them asynchronous faults. If
+/// the page is protected again meanwhile, KVM takes the next fault on it for one that it is seeing to
+/// (`kvm_find_async_pf_gfn`) and tells nobody: the vCPU faults thousands of times a second, and no handler hears of it.
+/// Firmware enables the APIC early on a PC; there is none here, and Linux disables it for a moment all the same.
+/// What remains is that KVM takes a vCPU that waits for halted, so it is still interrupted and its guest can do something
+/// else; and KVM's list is emptied at once then.
+const KVM_ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// The CPUID table that all vCPUs start from; [`for_cpu`] makes each one's own.
 ///
@@ -41,7 +53,12 @@ pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Erro
                     entry.ecx |= TSC_DEADLINE;
                 }
             }
-            LEAF_KVM_FEATURES if module == KvmModule::Pvm => entry.eax &= !KVM_HYPERCALLS,
+            LEAF_KVM_FEATURES => {
+                entry.eax &= !KVM_ASYNC_FAULTS;
+                if module == KvmModule::Pvm {
+                    entry.eax &= !KVM_HYPERCALLS;
+                }
+            }
             _ => {}
         }
     }
