@@ -25,17 +25,10 @@ const HTT: u32 = 1 << 28;
 /// Leaf 0x40000001, EAX: PV_UNHALT, PV_SEND_IPI and PV_SCHED_YIELD, hypercalls all three. On kvm_pvm a
 /// `vmcall` from the guest never returns.
 const KVM_HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
-/// Leaf 0x40000001, EAX: ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT: KVM tells the guest which pages are on their way,
-/// and by an interrupt that they have come.
-///
-/// No guest gets that, for with it a guest can wait for ever for a page that is protected by userfaultfd. KVM keeps a
-/// page that has come on its list until it can say so, and that is not before the guest's APIC is enabled
-/// (`kvm_arch_can_dequeue_async_page_present`); Linux enables interrupts earlier, and with them asynchronous faults. If
-/// the page is protected again meanwhile, KVM takes the next fault on it for one that it is seeing to
-/// (`kvm_find_async_pf_gfn`) and tells nobody: the vCPU faults thousands of times a second, and no handler hears of it.
-/// Firmware enables the APIC early on a PC; there is none here, and Linux disables it for a moment all the same.
-/// What remains is that KVM takes a vCPU that waits for halted, so it is still interrupted and its guest can do something
-/// else; and KVM's list is emptied at once then.
+/// Leaf 0x40000001, EAX: ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT, by which KVM tells a guest what pages it is
+/// fetching, and by an interrupt that they have come. With these a guest can fault for ever on a page that a
+/// tracker protects: [`dirty_track::fault`] says how. No guest has them, however it is tracked, because trackers come and
+/// go while a guest runs.
 const KVM_ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// The CPUID table that all vCPUs start from; [`for_cpu`] makes each one's own.
@@ -125,6 +118,22 @@ mod tests {
 
     fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, index, eax: 0x21, ..Default::default() }
+    }
+
+    #[test]
+    fn no_guest_is_told_of_pages_that_kvm_fetches() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("SKIPPED: no_guest_is_told_of_pages_that_kvm_fetches: no KVM");
+            return;
+        };
+        for module in [KvmModule::Pvm, KvmModule::Amd] {
+            let cpuid = supported(&kvm, module).unwrap();
+            let features = cpuid.as_slice().iter().find(|entry| entry.function == LEAF_KVM_FEATURES);
+            let features = features.expect("every KVM has that leaf").eax;
+            assert_eq!(features & KVM_ASYNC_FAULTS, 0, "{module:?}");
+            // The clock, which every KVM has.
+            assert_ne!(features & 1 << 3, 0, "{module:?}");
+        }
     }
 
     #[test]
