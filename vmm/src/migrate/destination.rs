@@ -157,7 +157,7 @@ impl Incoming {
         }
     }
 
-    fn take_in(&mut self, machine: &Machine) -> Result<Option<(Arc<Rest>, Arc<Server>)>, MigrateError> {
+    fn take_in(&mut self, machine: &Machine) -> Result<Option<Later>, MigrateError> {
         for lane in &mut self.lanes {
             Note::Welcome.write(lane)?;
         }
@@ -217,6 +217,9 @@ impl Incoming {
         Ok(rest.filter(|(rest, _)| !rest.is_empty()))
     }
 }
+
+/// What comes when the machine runs, and who brings it.
+type Later = (Arc<Rest>, Arc<Server>);
 
 /// Whether the memory can be had page by page from elsewhere.
 fn takes_postcopy(memory: &MemoryConfig) -> bool {

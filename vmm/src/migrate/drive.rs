@@ -9,9 +9,10 @@ use dirty_track::refine::{Shadow, refine};
 use dirty_track::tracker::Harvest;
 
 use super::lane::Cancel;
+use super::note::NoteError;
 use super::report::{MigrationReport, Phase};
 use super::rounds::{Next, Rounds};
-use super::source::{Copying, Sent};
+use super::source::{Copying, Gone, Sent};
 use super::{MigrateConfig, MigrateError};
 use crate::brake::Brake;
 use crate::dump;
@@ -141,29 +142,11 @@ impl Drive<'_> {
         // What devices wrote is in the last epoch, and they write nothing after it.
         let devices = machine.platform().pause();
         let mut outcome = Err(MigrateError::Cancelled);
-        let (mut last, cancel, shadow) = (Sent::default(), self.cancel, &self.shadow);
+        let mut last = Sent::default();
+        let cancel = self.cancel;
+        let last_step = LastStep { machine: &machine, owed, later, shadow: &self.shadow, cancel };
         let closed = self.observer.close_epoch_with(true, |harvest, _| {
-            let give_away = || {
-                refined_by(harvest, ram, shadow)?;
-                let runs: Vec<Span> = harvest.slots().iter().flat_map(dump::spans).collect();
-                let mut still = copying.stand_still();
-                for runs in [owed, &runs] {
-                    match later {
-                        true => still.leave(runs)?,
-                        false => last.add(&still.send(ram, runs)?),
-                    }
-                }
-                let (state, _devices_rest) =
-                    machine.pause().state().map_err(|error| MigrateError::Machine(error.to_string()))?;
-                let complete = still.send_state(&state)?;
-                if !cancel.too_late() {
-                    return Err(MigrateError::Cancelled);
-                }
-                // It stays so, whatever happens now.
-                machine.hold();
-                Ok(complete.give_away())
-            };
-            outcome = give_away();
+            outcome = last_step.take(copying, harvest, &mut last);
         });
         let still_ms = stopped.elapsed().as_secs_f64() * 1e3;
         drop(devices);
@@ -215,6 +198,47 @@ impl Drive<'_> {
             "{error}, after the guest was given away: it may be running there. If it is not, resuming it here is \
              safe: here it is as it was when it was given away"
         ));
+    }
+}
+
+/// What there is to be done while the guest stands still.
+struct LastStep<'a> {
+    machine: &'a Machine,
+    /// What it had written before.
+    owed: &'a [Span],
+    /// Nothing of it is sent, but asked for later.
+    later: bool,
+    shadow: &'a Option<Mutex<Shadow>>,
+    cancel: &'a Cancel,
+}
+
+impl LastStep<'_> {
+    /// Sends what is left, and the state, and gives the guest away. An error of the outer kind: it is still this side's.
+    fn take(
+        &self,
+        copying: Copying,
+        harvest: &mut Harvest<'_>,
+        last: &mut Sent,
+    ) -> Result<Result<Gone, NoteError>, MigrateError> {
+        let ram = self.machine.ram();
+        refined_by(harvest, ram, self.shadow)?;
+        let runs: Vec<Span> = harvest.slots().iter().flat_map(dump::spans).collect();
+        let mut still = copying.stand_still();
+        for runs in [self.owed, &runs] {
+            match self.later {
+                true => still.leave(runs)?,
+                false => last.add(&still.send(ram, runs)?),
+            }
+        }
+        let state = self.machine.pause().state();
+        let (state, _devices_rest) = state.map_err(|error| MigrateError::Machine(error.to_string()))?;
+        let complete = still.send_state(&state)?;
+        if !self.cancel.too_late() {
+            return Err(MigrateError::Cancelled);
+        }
+        // It stays so, whatever happens now.
+        self.machine.hold();
+        Ok(complete.give_away())
     }
 }
 

@@ -304,9 +304,9 @@ impl Rest {
             if request(&mut lane, range, into).is_ok() {
                 let mut pools = self.lock();
                 if bulk {
-                    pools.bulk.push(lane)
+                    pools.bulk.push(lane);
                 } else {
-                    pools.urgent.push(lane)
+                    pools.urgent.push(lane);
                 }
                 self.changed.notify_all();
                 return Ok(());
@@ -373,9 +373,9 @@ fn request(lane: &mut Lane, range: PageRange, into: &mut [u8]) -> io::Result<()>
         let end = (page + 1..pages).find(|&next| is_full(next) != is_full(page)).unwrap_or(pages);
         let part = &mut into[page * PAGE_BYTES..end * PAGE_BYTES];
         if is_full(page) {
-            lane.read_exact(part)?
+            lane.read_exact(part)?;
         } else {
-            part.fill(0)
+            part.fill(0);
         }
         page = end;
     }
