@@ -159,6 +159,9 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let signals = Signals::take(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGWINCH])
         .map_err(system("take over signals"))?;
 
+    // Memory that is to be there is there before anybody waits for it; its size may turn out to be another.
+    let prealloc = config.incoming.is_some() && config.memory.prealloc;
+    let allocated = prealloc.then(|| Ram::new(config.memory)).transpose().map_err(MachineError::from)?;
     let mut incoming = match &config.incoming {
         Some(address) => {
             if !config.quiet {
@@ -189,7 +192,9 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
             Some(From { ram, state: Some(saved.state) })
         }
         None if incoming.is_some() => {
-            Some(From { ram: Ram::new(config.memory).map_err(MachineError::from)?, state: None })
+            let allocated = allocated.filter(|ram| ram.config().size == config.memory.size);
+            let ram = allocated.map_or_else(|| Ram::new(config.memory), Ok);
+            Some(From { ram: ram.map_err(MachineError::from)?, state: None })
         }
         None => None,
     };

@@ -139,7 +139,6 @@ fn by_vmm(cli: &Cli, vmm: &Path, rate: &str) -> Result<Moved, Failure> {
     })?;
     let _destination = run(&["--incoming", &to])?;
     wait("the destination", || at("to").exists().then_some(()))?;
-    thread::sleep(Duration::from_millis(500));
     let mut args = vec!["migrate", "--api-socket", &api, "--json", &to];
     args.extend(cli.vmm.split_whitespace());
     let report = call(&args).ok_or("vmm migrate says nothing")?;
