@@ -516,6 +516,27 @@ impl Kernel for KernelUffd {
         cold(self.slot(slot), pages);
     }
 
+    fn there(
+        &self,
+        slot: usize,
+        pages: Range<usize>,
+        take: &mut dyn FnMut(Range<usize>),
+    ) -> Result<(), errno::Error> {
+        let addresses = self.addresses(slot, &pages);
+        let mut found = [Found::NOTHING; 32];
+        let mut from = addresses.start;
+        while from < addresses.end {
+            let (runs, next) = self.pagemap.mapped(from, addresses.end, &mut found)?;
+            let runs = found[..runs].iter().map(|run| self.slots[slot].pages_at(run.addresses()));
+            runs.filter(|run| !run.is_empty()).for_each(&mut *take);
+            if next <= from {
+                return Err(errno::Error::new(libc::EPROTO));
+            }
+            from = next;
+        }
+        Ok(())
+    }
+
     fn look(&self, slot: usize, pages: Range<usize>, leaf: usize) -> Result<Seen, errno::Error> {
         let addresses = self.addresses(slot, &pages);
         let mut found = [Found::NOTHING; 32];
