@@ -1,17 +1,22 @@
 //! Every tracker under the conformance suite, with the built-in guest, on the KVM at hand: this machine's, and the
-//! rig's, where the same executable runs.
+//! rig's, where the same executable runs. And that a guest gets on under those that let it wait, whatever it has
+//! agreed with KVM about waiting.
 //!
 //! `SOAK=N` repeats each plan with N times the epochs; see the README.
+
+use std::fs;
 
 use dirty_track::addr::PageSize;
 use dirty_track::conformance::{self, Failure, Plan, Report};
 use dirty_track::rearm::{DenseSkip, Rearm};
 use dirty_track::tracker::{Guarantees, Harvest, Kind, Slot, Tracker, TrackerError};
-use tests::conformance::{Guest, config, start};
+use tests::conformance::{Guest, config, start, wait_until};
 use tests::hugetlb::Reserved;
-use tests::{e2e, skip, virtio_disk};
+use tests::{e2e, skip, tiny, virtio_disk};
+use vm_memory::{Bytes, GuestAddress};
+use vmm::boot::Kernel;
 use vmm::host;
-use vmm::machine::open_kvm;
+use vmm::machine::{Machine, MachineConfig, open_kvm};
 use vmm::memory::{Faults, HugePages, MemoryConfig};
 use vmm::track::{TrackConfig, backing, facts};
 
@@ -284,4 +289,87 @@ fn faults_are_found() {
     }
     let failure = found(broken(mixed, Fault::ArmsTwice, plan));
     assert!(matches!(failure, Failure::Protocol(_)), "{failure}");
+}
+
+/// Where [`counter`]'s guest counts.
+const COUNT: u32 = 0x20_0000;
+
+/// A kernel that takes KVM's asynchronous page faults if they are offered, as Linux does (Documentation/virt/kvm/x86/msr.rst,
+/// MSR_KVM_ASYNC_PF_EN), and enables interrupts before it has an APIC that is enabled, as Linux does. Then it counts
+/// up the word at [`COUNT`] for ever.
+fn counter() -> Vec<u8> {
+    const FEATURES: u32 = 0x4000_0001;
+    const ASYNC_PF_INT: u8 = 14;
+    const MSR_ASYNC_PF_INT: u32 = 0x4b56_4d06;
+    const MSR_ASYNC_PF_EN: u32 = 0x4b56_4d02;
+    const VECTOR: u32 = 0xf3;
+    /// A page for KVM's words, and the bits for enabled and by interrupt.
+    const ENABLE: u32 = (COUNT + 0x1000) | 1 | 8;
+    let eax = |value: u32| [&[0xb8][..], &value.to_le_bytes()].concat();
+    // mov ecx, msr; mov eax, value; xor edx, edx; wrmsr
+    let write = |msr: u32, value: u32| {
+        [&[0xb9][..], &msr.to_le_bytes(), &eax(value), &[0x31, 0xd2, 0x0f, 0x30]].concat()
+    };
+    let enable = [write(MSR_ASYNC_PF_INT, VECTOR), write(MSR_ASYNC_PF_EN, ENABLE)].concat();
+    [
+        eax(FEATURES),
+        vec![0x0f, 0xa2],                     // cpuid
+        vec![0x0f, 0xba, 0xe0, ASYNC_PF_INT], // bt eax, ASYNC_PF_INT
+        vec![0x73, enable.len() as u8],       // jnc over `enable`
+        enable,
+        vec![0xfb],                                         // sti
+        [&[0xff, 0x05][..], &COUNT.to_le_bytes()].concat(), // inc dword [COUNT]
+        vec![0xeb, 0xf8],                                   // jmp to the line before
+    ]
+    .concat()
+}
+
+/// Rounds of protecting and writing.
+const ROUNDS: usize = 20;
+
+/// More faults than a guest needs that does nothing but to write the same page again, by thousands.
+const TOO_MANY_FAULTS: u64 = 10_000;
+
+/// Where KVM brings pages asynchronously, one that was brought and is protected again has to be brought again.
+#[test]
+fn guests_that_take_asynchronous_faults_get_on() {
+    let test = "guests_that_take_asynchronous_faults_get_on";
+    if let Err(error) = open_kvm() {
+        return skip::skip(test, &error.to_string());
+    }
+    let facts = facts(&host::probe());
+    let directory = tempfile::tempdir().unwrap();
+    let kernel = directory.path().join("kernel");
+    fs::write(&kernel, tiny::kernel(&counter())).unwrap();
+    for kind in [Kind::UffdSync, Kind::UffdServe, Kind::UffdAsync, Kind::Exact] {
+        if let Some(lacks) = kind.lacks(&facts) {
+            skip::skip(test, &format!("{kind}: this host lacks {lacks}"));
+            continue;
+        }
+        let fault = if kind == Kind::UffdServe { Faults::Uffd } else { Faults::Kernel };
+        let memory = MemoryConfig { size: MEMORY, fault, ..MemoryConfig::default() };
+        let config = MachineConfig { kernel: Kernel::File(kernel.clone()), ..config("", 1, memory) };
+        let machine = Machine::new(config).unwrap();
+        let mut tracker = machine.tracker(kind, &kind.into()).unwrap();
+        let count = || machine.ram().mem().read_obj::<u32>(GuestAddress(COUNT.into())).unwrap();
+        let mut stats = machine.take_vcpu_stats().pop();
+        let mut faults = || {
+            let Some(stats) = &mut stats else { return 0 };
+            stats.refresh().unwrap();
+            stats.find("pf_taken").map_or(0, |id| stats.get(id))
+        };
+        machine.start().unwrap();
+        wait_until("the guest counts", || count() > 0);
+        tracker.arm().unwrap();
+        for round in 0..ROUNDS {
+            let (counted, taken) = (count(), faults());
+            wait_until("the guest counts on", || {
+                let taken = faults() - taken;
+                assert!(taken < TOO_MANY_FAULTS, "{kind}: stuck in round {round} after {taken} faults");
+                count() > counted
+            });
+            tracker.harvest().unwrap().commit();
+        }
+        machine.stop();
+    }
 }

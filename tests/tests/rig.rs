@@ -57,12 +57,8 @@ fn store_or_skip(test: &str, series: &str) -> Option<Store> {
 }
 
 fn run(store: &Store, host: &Host, payload: &Payload) -> Outcome {
-    try_run(store, host, payload).unwrap_or_else(|e| panic!("{e}"))
-}
-
-fn try_run(store: &Store, host: &Host, payload: &Payload) -> Result<Outcome, Error> {
     let _turn = Turn::wait();
-    host.run(store, payload, |_, _| {})
+    host.run(store, payload, |_, _| {}).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// A guest's userland script: says what it finds, in lines `guest KEY VALUE`, reads the disk, writes to a part of it.
@@ -87,7 +83,7 @@ fn value<'a>(console: &'a str, who: &str, key: &str) -> Option<&'a str> {
 ///
 /// `monitor` is a shell command that boots `/images/vmlinux` with the initramfs `/images/initrd`, the command
 /// line `$CMDLINE`, `cpus` vCPUs and the disk `/tmp/disk`.
-fn linux_guest(store: &Store, host: &Host, series: &str, cpus: u32, monitor: &str, tools: Payload) {
+fn linux_guest(store: &Store, series: &str, cpus: u32, monitor: &str, tools: Payload) {
     let mut guest = Initramfs::new();
     guest.file("/run.sh", 0o755, GUEST_SCRIPT.as_bytes());
     let payload = tools.with_script(format!(
@@ -103,13 +99,7 @@ fn linux_guest(store: &Store, host: &Host, series: &str, cpus: u32, monitor: &st
     ));
     let payload = recipe::with_linux_guest(payload, store, series).unwrap();
     let payload = payload.put_bytes("/images/guest.cpio", guest.finish());
-    let outcome = match try_run(store, host, &payload) {
-        Err(Error::Timeout { limit, .. }) if host.timeout == STUCK => {
-            println!("STUCK: no end after {limit:?}: trying once more");
-            run(store, host, &payload)
-        }
-        outcome => outcome.unwrap_or_else(|e| panic!("{e}")),
-    };
+    let outcome = run(store, &Host::default(), &payload);
     let console = &outcome.console;
     let said = |who, key| value(console, who, key).unwrap_or_else(|| panic!("no {who} {key}:\n{console}"));
     assert!(said("guest", "kernel").starts_with(series), "{console}");
@@ -127,35 +117,23 @@ fn linux_guest(store: &Store, host: &Host, series: &str, cpus: u32, monitor: &st
     assert_eq!(outcome.status, 0, "{console}");
 }
 
-/// Where a guest may get stuck, several times as long as it takes.
-const STUCK: Duration = Duration::from_secs(450);
-
 fn vmm_boots_linux(test: &str, kernel: &str, series: &str, cpus: u32, options: &str) {
-    boots_linux(test, &Host::default(), kernel, series, cpus, options);
-}
-
-fn boots_linux(test: &str, host: &Host, kernel: &str, series: &str, cpus: u32, options: &str) {
     let Some(store) = store_or_skip(test, series) else { return };
     let tools = e2e::with_vmm(Payload::default()).unwrap();
     let monitor = format!(
         "vmm run --quiet {options} --cpus {cpus} --kernel /images/{kernel} \
          --initrd /images/initrd --cmdline \"$CMDLINE\" --disk path=/tmp/disk"
     );
-    linux_guest(&store, host, series, cpus, &monitor, tools);
+    linux_guest(&store, series, cpus, &monitor, tools);
 }
 
 /// Every page that it touches is brought by the monitor, every first write is seen by it.
-///
-/// In 3 of 27 runs the guest got stuck: the emulated host's KVM takes thousands of page faults a second, of
-/// which no userfaultfd hears, and the monitor has nothing left to serve. Until that is understood a run that got stuck is
-/// made once more, and it is said.
 #[test]
 fn vmm_boots_stock_linux_and_serves_its_faults() {
     let test = "vmm_boots_stock_linux_and_serves_its_faults";
     let options =
         "--memory size=256M,huge=thp,fault=uffd --prefault around=64K --prefault-age old --track exact";
-    let host = Host { timeout: STUCK, ..Host::default() };
-    boots_linux(test, &host, "vmlinux", "6.12", 1, options);
+    vmm_boots_linux(test, "vmlinux", "6.12", 1, options);
 }
 
 #[test]
@@ -184,7 +162,7 @@ fn qemu_boots_stock_linux_on_two_cpus() {
     let monitor = "qemu-microvm -m 256 -smp 2 -kernel /images/vmlinux -initrd /images/initrd -append \"$CMDLINE\" \
                    -drive file=/tmp/disk,format=raw,if=none,id=disk -device virtio-blk-device,drive=disk \
                    -device virtio-rng-device";
-    linux_guest(&store, &Host::default(), "6.12", 2, monitor, tools);
+    linux_guest(&store, "6.12", 2, monitor, tools);
 }
 
 /// What a host in the rig may lack, as the tests that are skipped for it say: anything else has to be there.

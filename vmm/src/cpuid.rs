@@ -28,6 +28,11 @@ const HTT: u32 = 1 << 28;
 /// Leaf 0x40000001, EAX: PV_UNHALT, PV_SEND_IPI and PV_SCHED_YIELD, hypercalls all three. On kvm_pvm a
 /// `vmcall` from the guest never returns.
 const KVM_HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
+/// Leaf 0x40000001, EAX: ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT, by which KVM tells a guest what pages it is
+/// fetching, and by an interrupt that they have come. With these a guest can fault for ever on a page that a
+/// tracker protects: [`dirty_track::fault`] says how. No guest has them, however it is tracked, because trackers come and
+/// go while a guest runs.
+const KVM_ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
 /// The CPUID table that all vCPUs start from; [`for_cpu`] makes each one's own.
 ///
@@ -44,7 +49,12 @@ pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Erro
                     entry.ecx |= TSC_DEADLINE;
                 }
             }
-            LEAF_KVM_FEATURES if module == KvmModule::Pvm => entry.eax &= !KVM_HYPERCALLS,
+            LEAF_KVM_FEATURES => {
+                entry.eax &= !KVM_ASYNC_FAULTS;
+                if module == KvmModule::Pvm {
+                    entry.eax &= !KVM_HYPERCALLS;
+                }
+            }
             _ => {}
         }
     }
@@ -339,6 +349,22 @@ mod tests {
         assert!(compare(&host, &guest).is_ok());
         guest[0].ebx = u32::from_le_bytes(*b"Genu");
         assert!(matches!(compare(&guest, &host), Err(CpuidError::Vendor { .. })));
+    }
+
+    #[test]
+    fn no_guest_is_told_of_pages_that_kvm_fetches() {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("SKIPPED: no_guest_is_told_of_pages_that_kvm_fetches: no KVM");
+            return;
+        };
+        for module in [KvmModule::Pvm, KvmModule::Amd] {
+            let cpuid = supported(&kvm, module).unwrap();
+            let features = cpuid.as_slice().iter().find(|entry| entry.function == LEAF_KVM_FEATURES);
+            let features = features.expect("every KVM has that leaf").eax;
+            assert_eq!(features & KVM_ASYNC_FAULTS, 0, "{module:?}");
+            // The clock, which every KVM has.
+            assert_ne!(features & 1 << 3, 0, "{module:?}");
+        }
     }
 
     #[test]

@@ -17,6 +17,18 @@
 //! write. It has more than was written where the policies say so ([`Split::Block`], moved pages), which is marked as
 //! coarse, and where a harvest protects a page again while a second thread's message about it is on its way: the page
 //! is opened once more, and reported once more.
+//!
+//! # What the guest must not be offered
+//! Asynchronous page faults: a monitor clears bits 4, 10 and 14 of EAX in the guest's CPUID leaf 0x40000001
+//! (Documentation/virt/kvm/x86/cpuid.rst: ASYNC_PF, ASYNC_PF_VMEXIT, ASYNC_PF_INT). With them KVM keeps a page that it
+//! has fetched on a list until it can tell the guest, which takes an APIC that is enabled
+//! (`kvm_arch_can_dequeue_async_page_present`). A Linux guest takes interrupts some time earlier, and from then on its
+//! faults are asynchronous. A page that a harvest protects again meanwhile is on the list (`kvm_find_async_pf_gfn`):
+//! KVM takes the next fault on it for one that it is seeing to, asks nobody, and the vCPU faults for ever. (Firmware
+//! enables the APIC before; Linux disables it for a moment all the same.) Without them KVM has nothing to tell and
+//! empties its list at once. It still takes a vCPU that waits for halted, and lets interrupts through. The same holds
+//! for [`UffdSync`](crate::tracker::UffdSync), and for no tracker whose faults the kernel resolves itself. Seen on Linux
+//! 6.12 and 7.2.
 
 pub mod age;
 mod agree;

@@ -11,7 +11,8 @@
 //! and one that comes after its block's turn sleeps until a handler has recorded it for the next.
 //!
 //! Contents that are dropped are dirty. The news of it comes *before* the drop: a page that is dropped and still
-//! mapped when a harvest looks stays dirty for the next. (Not so for what is dropped from a file and was not mapped: who
+//! mapped when a harvest looks stays dirty for the next, and one that was brought again between the news and the drop may
+//! be reported when it is missed: nobody can tell that it was not written. (Not so for what is dropped from a file and was not mapped: who
 //! punches holes into a file that others read meanwhile marks them as host writes.)
 
 use std::ops::Range;

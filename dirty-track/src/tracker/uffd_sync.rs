@@ -24,6 +24,8 @@
 //!
 //! The handler touches no memory of the guest and a harvest waits for no vCPU, so a turn always ends; vCPUs may
 //! stand still or run. Disarming lifts all protection first, then wakes all who sleep, then ends the handler.
+//!
+//! A guest must not be offered asynchronous page faults: [`fault`](crate::fault) says why.
 
 use std::io;
 use std::ops::Range;
