@@ -223,6 +223,8 @@ pub struct Observer {
     /// What was dirty since the last snapshot, or since arming.
     since: Arc<DirtyBitmap>,
     base: Option<Base>,
+    /// An epoch is closed without looking how the host backs memory.
+    brief: bool,
     first: u32,
     epoch: u32,
     armed: Instant,
@@ -252,6 +254,7 @@ impl Observer {
             ever: DirtyBitmap::new(pages as usize),
             since: Arc::new(DirtyBitmap::new(pages as usize)),
             base: None,
+            brief: false,
             first: 1,
             epoch: 0,
             armed: now,
@@ -407,7 +410,10 @@ impl Observer {
             pages_4k: maps.map(|maps| maps.pages_4k),
             pages_2m: maps.map(|maps| maps.pages_2m),
             pages_1g: maps.map(|maps| maps.pages_1g),
-            host_huge_bytes: machine.ram().host_pages().ok().map(|pages| pages.thp),
+            host_huge_bytes: (!self.brief)
+                .then(|| machine.ram().host_pages().ok())
+                .flatten()
+                .map(|pages| pages.thp),
             faults,
             slowdown_percent,
             harvest_us: micros(ended - harvesting),
@@ -462,6 +468,12 @@ impl Observer {
     /// What the tracker's harvests can be relied on for.
     pub fn guarantees(&self) -> Guarantees {
         self.tracker.guarantees()
+    }
+
+    /// Whether epochs are closed from now on without [`Epoch::host_huge_bytes`], which takes a look at every page. Where an epoch is
+    /// closed to make the next one short, that would make it long.
+    pub fn be_brief(&mut self, brief: bool) {
+        self.brief = brief;
     }
 
     /// The snapshot that memory was the same as when tracking began, or that was taken since.

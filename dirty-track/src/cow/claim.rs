@@ -116,9 +116,18 @@ impl<W: Word> Claims<W> {
             saved += pages.len();
             by.copy(pages);
         }
+        let mut hull: Option<Range<usize>> = None;
         for units in claimed {
-            by.open(self.pages_of(units));
+            match &mut hull {
+                // What nobody wants between them may be opened as well, and one call is cheaper than two.
+                Some(open) if self.wanted_of(open.end..units.start).next().is_none() => open.end = units.end,
+                _ => {
+                    let done = hull.replace(units.clone());
+                    done.into_iter().for_each(|units| by.open(self.pages_of(&units)));
+                }
+            }
         }
+        hull.into_iter().for_each(|units| by.open(self.pages_of(&units)));
         by.write();
         saved
     }

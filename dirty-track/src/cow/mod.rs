@@ -191,7 +191,7 @@ const NAP: Duration = Duration::from_micros(50);
 
 /// Runs of pages to be protected that are no further apart than this are protected in one call. It also protects what is
 /// between them, which costs less than another call does.
-const GAP: usize = 32;
+const GAP: usize = 128;
 
 /// Pages of a block.
 const BLOCK: usize = (BLOCK_SIZE >> PAGE_SHIFT) as usize;

@@ -46,6 +46,13 @@ pub(super) trait Kernel {
     fn wake(&self, slot: usize, pages: Range<usize>);
     /// Lets the host take pages for unused.
     fn cold(&self, slot: usize, pages: Range<usize>);
+    /// Hands those of `pages` to `take` that may be mapped, as runs that are not empty.
+    fn there(
+        &self,
+        slot: usize,
+        pages: Range<usize>,
+        take: &mut dyn FnMut(Range<usize>),
+    ) -> Result<(), errno::Error>;
     /// How `pages` are mapped, the first of them being leaf `leaf` of its block, in which they all are.
     fn look(&self, slot: usize, pages: Range<usize>, leaf: usize) -> Result<Seen, errno::Error>;
 }

@@ -35,7 +35,7 @@ pub struct Config {
     /// Number of threads: 1 or more. One serves some forty thousand faults a second; more help where a source takes
     /// its time.
     pub handlers: usize,
-    /// What nobody asks for is brought in meanwhile, by a thread that gives way to handlers.
+    /// What nobody asks for is brought in from the first fault on, by a thread that gives way to handlers.
     pub fill: bool,
 }
 
@@ -70,6 +70,9 @@ struct Shared {
 
 /// How long a handler waits after an error before it tries again.
 const AFTER_ERROR: Duration = Duration::from_millis(1);
+
+/// Between two looks whether anybody has asked for a page.
+const BEFORE_FILLING: Duration = Duration::from_millis(1);
 
 /// How long the end of the service waits for a handler that is busy with a source.
 const FOR_HANDLERS: Duration = Duration::from_secs(1);
@@ -161,11 +164,16 @@ impl Server {
         Ok(())
     }
 
-    /// Brings in what nobody asks for.
+    /// Brings in what nobody asks for, once somebody has asked for something: before, a guest is being made that should start
+    /// soon.
     fn fill_meanwhile(&mut self) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let work = move || {
             // A source that fails or panics here is asked again by a handler, which reports it.
+            let begun = || shared.pager.counters.now().missing > 0 || shared.ending.load(Ordering::Relaxed);
+            while !begun() {
+                thread::sleep(BEFORE_FILLING);
+            }
             let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest()));
         };
         self.threads.push(thread::Builder::new().name("fault-fill".into()).spawn(work)?);
@@ -534,6 +542,27 @@ impl Kernel for KernelUffd {
 
     fn cold(&self, slot: usize, pages: Range<usize>) {
         cold(self.slot(slot), pages);
+    }
+
+    fn there(
+        &self,
+        slot: usize,
+        pages: Range<usize>,
+        take: &mut dyn FnMut(Range<usize>),
+    ) -> Result<(), errno::Error> {
+        let addresses = self.addresses(slot, &pages);
+        let mut found = [Found::NOTHING; 32];
+        let mut from = addresses.start;
+        while from < addresses.end {
+            let (runs, next) = self.pagemap.mapped(from, addresses.end, &mut found)?;
+            let runs = found[..runs].iter().map(|run| self.slots[slot].pages_at(run.addresses()));
+            runs.filter(|run| !run.is_empty()).for_each(&mut *take);
+            if next <= from {
+                return Err(errno::Error::new(libc::EPROTO));
+            }
+            from = next;
+        }
+        Ok(())
     }
 
     fn look(&self, slot: usize, pages: Range<usize>, leaf: usize) -> Result<Seen, errno::Error> {

@@ -148,11 +148,18 @@ pub(crate) fn take(
     };
     let image = Arc::new(ImageWriter::create(&partial.file(MEMORY), id, end_of(&head))?);
     let mut taking = Taking { machine, observer, image: Arc::clone(&image), diff: request.diff, show };
+    if let Some(observer) = &mut taking.observer {
+        observer.be_brief(true);
+    }
     let taken = match Cow::new(machine.slots(), Arc::clone(&image), ram.is_anonymous()) {
-        Ok(cow) => taking.copy_on_write(cow)?,
-        Err(_) if taking.observer.is_some() => taking.precopy()?,
-        Err(error) => return Err(SnapshotError::NoMethod(error.to_string())),
+        Ok(cow) => taking.copy_on_write(cow),
+        Err(_) if taking.observer.is_some() => taking.precopy(),
+        Err(error) => Err(SnapshotError::NoMethod(error.to_string())),
     };
+    if let Some(observer) = &mut taking.observer {
+        observer.be_brief(false);
+    }
+    let taken = taken?;
     let Taking { observer, image: shared, .. } = taking;
     drop(shared);
     let ranges = match (&taken.marks, request.diff) {

@@ -149,6 +149,17 @@ impl Kernel for Sim {
 
     fn cold(&self, _: usize, _: Range<usize>) {}
 
+    fn there(
+        &self,
+        _: usize,
+        pages: Range<usize>,
+        take: &mut dyn FnMut(Range<usize>),
+    ) -> Result<(), errno::Error> {
+        let tables = self.tables();
+        pages.filter(|&page| tables.mapped[page].is_some()).for_each(|page| take(page..page + 1));
+        Ok(())
+    }
+
     fn look(&self, _: usize, pages: Range<usize>, leaf: usize) -> Result<Seen, errno::Error> {
         let tables = self.tables();
         let mut seen = Seen::default();
