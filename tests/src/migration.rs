@@ -414,6 +414,8 @@ impl Way {
             }
             let fault = self.shared.fault.filter(|&(lane, at, _)| lane == self.lane && Some(at) == step);
             if let Some((_, _, fault)) = fault {
+                // Before anybody can notice.
+                self.shared.fired.store(true, Ordering::Release);
                 let sent = match fault {
                     Fault::Cut => {
                         self.shared.cut(|lane| lane == self.lane);
@@ -426,11 +428,9 @@ impl Way {
                     }
                     Fault::Silence => {
                         self.shared.silent.store(true, Ordering::Release);
-                        self.shared.fired.store(true, Ordering::Release);
                         return;
                     }
                     Fault::Hold => {
-                        self.shared.fired.store(true, Ordering::Release);
                         wait_until("the test goes on", || self.shared.goes_on.load(Ordering::Acquire));
                         self.to.write_all(&bytes)
                     }
@@ -442,7 +442,6 @@ impl Way {
                     Fault::KillBefore(pid) => sys::kill(pid).and_then(|()| self.to.write_all(&bytes)),
                     Fault::KillAfter(pid) => self.to.write_all(&bytes).and_then(|()| sys::kill(pid)),
                 };
-                self.shared.fired.store(true, Ordering::Release);
                 if sent.is_err() {
                     break;
                 }
