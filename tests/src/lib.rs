@@ -9,6 +9,7 @@ pub mod e2e;
 pub mod hugetlb;
 pub mod initramfs;
 pub mod kernel;
+pub mod migration;
 pub mod peer;
 pub mod recipe;
 pub mod rig;

@@ -70,3 +70,13 @@ pub fn thread_cpu_time() -> Duration {
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
+
+/// Kills a child process that has not been waited for.
+///
+/// # Errors
+/// What kill(2) says.
+pub fn kill(child: u32) -> std::io::Result<()> {
+    // SAFETY: the call touches no memory; the child has not been reaped, so its process id is still its own.
+    let result = unsafe { libc::kill(child as libc::pid_t, libc::SIGKILL) };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}

@@ -18,6 +18,8 @@ pub mod doctor;
 pub mod dump;
 pub mod fault;
 pub mod forecast;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod gate;
 pub mod host;
 pub mod layout;

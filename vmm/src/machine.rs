@@ -34,7 +34,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::acpi::VirtioSlot;
 use crate::boot::{self, BootError, Kernel};
 use crate::devices::virtio::blk::Blk;
-use crate::devices::virtio::disk::{Disk, DiskConfig, DiskError};
+use crate::devices::virtio::disk::{Disk, DiskConfig, DiskError, DiskLock};
 use crate::devices::virtio::mmio::{NOTIFY_OFFSET, TransportError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{self, MmioTransport, QueueWorker, VirtioDevice};
@@ -93,7 +93,8 @@ pub struct MachineConfig {
 pub struct From {
     /// Its memory, as [`MachineConfig::memory`] says.
     pub ram: Ram,
-    /// Everything else; `None` if that is [given](Machine::give_state) before the machine is started.
+    /// Everything else; `None` if that is [given](Machine::give_state) before the machine is started. Its disks are then
+    /// somebody else's until they are [taken](Machine::take_disks).
     pub state: Option<MachineState>,
 }
 
@@ -213,6 +214,7 @@ pub struct Machine {
     outcome: Arc<Outcome>,
     vcpu_stats: Mutex<Vec<Stats>>,
     workers: Mutex<Vec<QueueWorker>>,
+    disks: Vec<DiskLock>,
     late_ram: Arc<LateRam>,
     /// Before RAM, of which it has views.
     fault: OnceLock<Arc<Server>>,
@@ -295,6 +297,7 @@ impl Machine {
         }
 
         let boots = config.from.is_none();
+        let comes = config.from.as_ref().is_some_and(|from| from.state.is_none());
         if let Some(From { state: Some(state), .. }) = config.from.as_deref() {
             cpuid::check(&kvm, module, state)?;
         }
@@ -336,7 +339,11 @@ impl Machine {
                 .map_err(kvm_error("place the identity map"))?;
         }
         vm.create_irq_chip().map_err(kvm_error("create the interrupt controllers"))?;
-        let (transports, workers, slots) = virtio_devices(&vm, &ram, &config.disks, config.rng)?;
+        let disks =
+            config.disks.iter().map(|disk| if comes { Disk::open_as_it_is(disk) } else { Disk::open(disk) });
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let locks = disks.iter().map(Disk::lock).collect::<Result<Vec<_>, _>>()?;
+        let (transports, workers, slots) = virtio_devices(&vm, &ram, disks, config.rng)?;
         let console = std::mem::replace(&mut config.console, Box::new(io::sink()));
         let platform = Platform::new(console, transports, timing.clone());
         let platform = Arc::new(platform.map_err(system_error("create the devices"))?);
@@ -384,6 +391,7 @@ impl Machine {
             outcome,
             vcpu_stats: Mutex::new(vcpu_stats),
             workers: Mutex::new(workers),
+            disks: locks,
             late_ram,
             fault,
             fault_config: config.fault,
@@ -491,6 +499,22 @@ impl Machine {
                 let _ = kick::kick(thread);
             }
         }
+    }
+
+    /// Locks the disks, those that are not locked: from now on they are this machine's.
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`], when somebody else has one: the guest must not run then.
+    pub fn take_disks(&self) -> Result<(), DiskError> {
+        self.disks.iter().try_for_each(DiskLock::take)
+    }
+
+    /// Unlocks the disks, for a machine that stands still.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn give_disks(&self) -> Result<(), DiskError> {
+        self.disks.iter().try_for_each(DiskLock::give)
     }
 
     fn threads(&self) -> MutexGuard<'_, Threads> {
@@ -729,15 +753,10 @@ fn add_memslots(vm: &VmFd, ram: &Ram, slots: Range<usize>) -> Result<(), kvm_ioc
 type VirtioDevices = (Vec<MmioTransport>, Vec<QueueWorker>, Vec<VirtioSlot>);
 
 /// Makes the virtio devices and connects their interrupts and notifications to `vm`.
-fn virtio_devices(
-    vm: &VmFd,
-    ram: &Ram,
-    disks: &[DiskConfig],
-    rng: bool,
-) -> Result<VirtioDevices, MachineError> {
+fn virtio_devices(vm: &VmFd, ram: &Ram, disks: Vec<Disk>, rng: bool) -> Result<VirtioDevices, MachineError> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(disks.len() + 1);
     for disk in disks {
-        devices.push(Box::new(Blk::new(Disk::open(disk)?)));
+        devices.push(Box::new(Blk::new(disk)));
     }
     if rng {
         devices.push(Box::new(Rng));

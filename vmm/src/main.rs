@@ -105,6 +105,9 @@ struct MigrateArgs {
     /// Most bytes per second, as in 1250M [default: as fast as it goes]
     #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
     bandwidth: Option<u64>,
+    /// For tcp: TLS, by ca-cert.pem, client-cert.pem and client-key.pem in this directory of the monitor's
+    #[arg(long, value_name = "DIR")]
+    tls_dir: Option<std::path::PathBuf>,
     /// JSON on standard output
     #[arg(long)]
     json: bool,
@@ -262,6 +265,9 @@ struct RunArgs {
     /// has, and how many vCPUs; its disks are those given here
     #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["kernel", "initrd", "cmdline", "cpus", "rng"])]
     incoming: Option<Address>,
+    /// For --incoming tcp: TLS, by ca-cert.pem, server-cert.pem and server-key.pem in this directory
+    #[arg(long, value_name = "DIR", requires = "incoming")]
+    tls_dir: Option<std::path::PathBuf>,
     #[command(flatten)]
     watch: WatchArgs,
 }
@@ -473,6 +479,7 @@ fn migrate_verb(args: MigrateArgs) -> ExitCode {
         auto_converge: args.auto_converge,
         postcopy: args.postcopy,
         bandwidth: args.bandwidth,
+        tls_dir: args.tls_dir,
     };
     match migrate::client::migrate(&args.api_socket, &config, args.json) {
         Ok(report) if report.phase == migrate::report::Phase::Completed => ExitCode::SUCCESS,
@@ -530,11 +537,15 @@ fn watched(args: WatchArgs, memory: MemoryConfig) -> Result<RunConfig, Refused> 
         api_socket: args.api_socket,
         restore: None,
         incoming: None,
+        tls_dir: None,
     })
 }
 
 fn run_config(args: RunArgs) -> Result<RunConfig, Refused> {
     let builtin = args.kernel.is_none();
+    if args.tls_dir.is_some() && !matches!(args.incoming, Some(Address::Tcp(_))) {
+        return Err(Refused::Usage("TLS is for --incoming tcp:HOST:PORT".into()));
+    }
     let endless = args.watch.duration.is_none() && (!builtin || args.incoming.is_some());
     let config = watched(args.watch, args.memory)?;
     Ok(RunConfig {
@@ -543,6 +554,7 @@ fn run_config(args: RunArgs) -> Result<RunConfig, Refused> {
         cmdline: args.cmdline.unwrap_or_else(|| default_cmdline(builtin, args.memory.size).to_owned()),
         cpus: args.cpus,
         incoming: args.incoming,
+        tls_dir: args.tls_dir,
         disks: args.disk,
         rng: args.rng.map_or(!builtin, |rng| rng == OnOff::On),
         duration: if endless { Duration::ZERO } else { config.duration },

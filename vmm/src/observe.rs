@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::board::{Board, DumpStatus, Posted};
 use crate::cost;
+use crate::devices::virtio::disk::DiskError;
 use crate::dump::{self, Dump, DumpConfig, DumpError};
 use crate::forecast::Link;
 use crate::live::{Epoch, LiveError, Observer, Totals};
@@ -21,7 +22,7 @@ use crate::machine::Machine;
 use crate::memory::Faults;
 use crate::migrate::drive::Drive;
 use crate::migrate::lane::Cancel;
-use crate::migrate::report::MigrationReport;
+use crate::migrate::report::{MigrationReport, Phase};
 use crate::migrate::{self, MigrateConfig, MigrateError};
 use crate::sampled::{Looker, Looks};
 use crate::show::Show;
@@ -154,6 +155,14 @@ pub(crate) enum Refusal {
     Migrate(#[from] MigrateError),
     #[error("the guest is this side's: there is nothing to reclaim")]
     NotInDoubt,
+    #[error(
+        "the guest was given away, and it is in doubt whether it runs there: if it does not, resume it here first"
+    )]
+    InDoubt,
+    #[error("the machine has gone elsewhere")]
+    Gone,
+    #[error(transparent)]
+    Disk(#[from] DiskError),
 }
 
 /// What was observed.
@@ -444,38 +453,54 @@ impl Watch {
     /// Has the machine go elsewhere, and answers when it is on its way.
     fn migrate(&mut self, config: &MigrateConfig, cancel: &Cancel, reply: Reply<()>) {
         let began = Instant::now();
-        if self.dump.is_some() {
-            let _ = reply.send(Err(Refusal::Dumping));
-            return;
-        }
+        let before = self.board.posted().migration.as_ref().map(|report| report.phase);
         let By::Tracker(observer) = &mut self.eye.by else {
             let _ = reply.send(Err(Refusal::NotTracking));
             return;
         };
+        // Whatever the server saw when it was asked: a guest is given away once.
+        let refusal = match before {
+            Some(Phase::InDoubt) => Some(Refusal::InDoubt),
+            Some(Phase::Completed) => Some(Refusal::Gone),
+            _ if self.dump.is_some() => Some(Refusal::Dumping),
+            _ => None,
+        };
+        if let Some(refusal) = refusal {
+            let _ = reply.send(Err(refusal));
+            return;
+        }
         let Watch { board, show, observers, .. } = self;
         let machine = &observers.machine;
-        let copying =
-            migrate::drive::begin(observer, self.eye.name, machine, &observers.shape, config, cancel);
-        let copying = match copying {
-            Ok(copying) => copying,
-            Err(error) => {
-                let _ = reply.send(Err(error.into()));
-                return;
-            }
-        };
         let report = MigrationReport {
             to: config.to.to_string(),
             connections: config.connections,
             ..MigrationReport::default()
         };
-        board.post(|posted| posted.migration = Some(Arc::new(report.clone())));
+        let mut tell =
+            |report: &MigrationReport| board.post(|posted| posted.migration = Some(Arc::new(report.clone())));
+        tell(&report);
+        let copying =
+            migrate::drive::begin(observer, self.eye.name, machine, &observers.shape, config, cancel);
+        let copying = match copying {
+            Ok(copying) => copying,
+            Err(error) => {
+                let (phase, error) = match cancel.is_cancelled() {
+                    true => (Phase::Cancelled, MigrateError::Cancelled),
+                    false => (Phase::Failed, error),
+                };
+                let seconds = began.elapsed().as_secs_f64();
+                tell(&MigrationReport { phase, seconds, error: Some(error.to_string()), ..report });
+                let _ = reply.send(Err(error.into()));
+                return;
+            }
+        };
         let _ = reply.send(Ok(()));
         let drive = Drive {
             observer,
             machine,
             config,
             cancel,
-            tell: &mut |report| board.post(|posted| posted.migration = Some(Arc::new(report.clone()))),
+            tell: &mut tell,
             show: &mut |epoch| show.epoch(epoch),
             report,
             began,
@@ -484,18 +509,20 @@ impl Watch {
         };
         let report = drive.run(copying);
         show.migrated(&report);
-        if report.phase == migrate::report::Phase::Completed {
+        if report.phase == Phase::Completed {
             machine.gone();
         }
     }
 
     fn reclaim(&mut self) -> Result<(), Refusal> {
         let posted = self.board.posted();
-        let in_doubt = |report: &&Arc<MigrationReport>| report.phase == migrate::report::Phase::InDoubt;
+        let in_doubt = |report: &&Arc<MigrationReport>| report.phase == Phase::InDoubt;
         let Some(report) = posted.migration.as_ref().filter(in_doubt) else {
             return Err(Refusal::NotInDoubt);
         };
-        let report = MigrationReport { phase: migrate::report::Phase::Failed, ..(**report).clone() };
+        // If somebody else has them, it runs there.
+        self.observers.machine.take_disks()?;
+        let report = MigrationReport { phase: Phase::Failed, ..(**report).clone() };
         self.board.post(|posted| posted.migration = Some(Arc::new(report)));
         self.observers.machine.release();
         Ok(())
@@ -512,7 +539,11 @@ impl Watch {
         }
         // If the new one cannot be had there is none, and that is what is told.
         self.eye.by = By::Nothing;
-        self.board.post(|posted| *posted = Posted { tracker: Kind::None.name(), ..Posted::default() });
+        self.board.post(|posted| {
+            // Whose the guest is does not change by it.
+            let migration = posted.migration.take();
+            *posted = Posted { tracker: Kind::None.name(), migration, ..Posted::default() };
+        });
         self.eye = self.observers.eye(track)?;
         self.plan.epoch = epoch.unwrap_or(self.plan.epoch);
         self.show.track(self.eye.name, self.eye.chosen_because);

@@ -3,6 +3,7 @@
 //! Threads: this one has standard input, signals and timers ([`control`](crate::control)); one is the device loop, where
 //! there are virtio devices; one per vCPU; one observes ([`observe`](crate::observe)).
 
+use std::error::Error;
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
@@ -90,6 +91,8 @@ pub struct RunConfig {
     pub restore: Option<Restore>,
     /// Wait here for a machine that comes from elsewhere.
     pub incoming: Option<Address>,
+    /// With TLS, by the certificates in this directory ([`tls`](crate::migrate::tls)).
+    pub tls_dir: Option<PathBuf>,
 }
 
 /// Why a run failed.
@@ -166,8 +169,14 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         Some(address) => {
             if !config.quiet {
                 eprintln!("vmm: waiting for a machine at {address}");
+                if address.is_open(config.tls_dir.as_deref()) {
+                    eprintln!(
+                        "vmm: warning: anybody who reaches that address can bring a machine, and its memory comes in the \
+                         clear; --tls-dir asks for certificates"
+                    );
+                }
             }
-            match Incoming::wait(address, &signals)? {
+            match Incoming::wait(address, config.tls_dir.as_deref(), &signals)? {
                 Some(incoming) => Some(incoming),
                 None => return Ok(Outcome::Done),
             }
@@ -194,7 +203,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         None if incoming.is_some() => {
             let allocated = allocated.filter(|ram| ram.config().size == config.memory.size);
             let ram = allocated.map_or_else(|| Ram::new(config.memory), Ok);
-            Some(From { ram: ram.map_err(MachineError::from)?, state: None })
+            let ram = or_refuse(&mut incoming, ram.map_err(MachineError::from))?;
+            Some(From { ram, state: None })
         }
         None => None,
     };
@@ -208,7 +218,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     let to = reader(&config);
     let terminal = to.terminal();
 
-    let machine = Arc::new(Machine::new(MachineConfig {
+    let machine = Machine::new(MachineConfig {
         memory: config.memory,
         cpus: shape.cpus,
         kernel: config.kernel.clone(),
@@ -222,7 +232,8 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         fault: config.fault.clone(),
         from: from.map(Box::new),
         dirty_ring: (config.track.kind == Some(Kind::KvmRing)).then_some(config.track.ring_entries),
-    })?);
+    });
+    let machine = Arc::new(or_refuse(&mut incoming, machine)?);
     // It runs when this returns, and what is missing of its memory comes by and by.
     let filling = incoming.map(|incoming| incoming.receive(&machine, &signals)).transpose()?.flatten();
     let observers = Observers {
@@ -372,6 +383,14 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         _ if contradicted || guest_status.is_some_and(|status| status != 0) => Outcome::CheckFailed,
         _ => Outcome::Done,
     })
+}
+
+/// Tells who brings a machine why there is none here for it.
+fn or_refuse<T, E: Error>(incoming: &mut Option<Incoming>, outcome: Result<T, E>) -> Result<T, E> {
+    if let (Err(error), Some(incoming)) = (&outcome, incoming) {
+        incoming.refuse(error);
+    }
+    outcome
 }
 
 impl RunConfig {

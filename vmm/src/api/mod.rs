@@ -48,3 +48,7 @@ pub(crate) struct Subject {
 
 /// The description of what is served: OpenAPI 3.1.
 pub const OPENAPI: &str = include_str!("openapi.json");
+
+/// Understands the body of a request, or not.
+#[cfg(any(test, fuzzing))]
+pub(crate) use routes::understand;

@@ -298,6 +298,8 @@ pub(crate) struct MigrateRequest {
     pub(crate) postcopy: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) bytes_per_s: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls_dir: Option<PathBuf>,
 }
 
 fn downtime_ms() -> u64 {
@@ -318,6 +320,9 @@ impl MigrateRequest {
         if self.downtime_ms == 0 || self.bytes_per_s == Some(0) {
             return Err("a guest cannot move in no time, or over no link".into());
         }
+        if self.tls_dir.is_some() && !matches!(to, Address::Tcp(_)) {
+            return Err(format!("TLS is for TCP, and not for {to}"));
+        }
         Ok(MigrateConfig {
             to,
             downtime: Duration::from_millis(self.downtime_ms),
@@ -326,6 +331,7 @@ impl MigrateRequest {
             auto_converge: self.auto_converge,
             postcopy: self.postcopy,
             bandwidth: self.bytes_per_s,
+            tls_dir: self.tls_dir.clone(),
         })
     }
 }
@@ -472,4 +478,24 @@ async fn metrics(State(subject): State<Arc<Subject>>) -> Response {
     let posted = Arc::clone(&subject.board.borrow());
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     (kind, metrics::text(&subject, &posted)).into_response()
+}
+
+/// Understands the body of a request, of whichever kind, as far as that goes without a machine.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn understand(body: &[u8]) {
+    if let Ok(request) = serde_json::from_slice::<MigrateRequest>(body) {
+        // One that cannot be is refused.
+        let _ = request.config();
+    }
+    if let Ok(request) = serde_json::from_slice::<TrackRequest>(body) {
+        let _ = request.track.parse::<TrackConfig>();
+        let _ = request.rearm.map(|rearm| rearm.parse::<Rearm>());
+        let _ = request.epoch.map(|epoch| options::epoch(&epoch));
+    }
+    if let Ok(request) = serde_json::from_slice::<DumpRequest>(body) {
+        request.config();
+    }
+    if let Ok(Typed::Key(name)) = serde_json::from_slice::<Typed>(body) {
+        key(&name);
+    }
 }

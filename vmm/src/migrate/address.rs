@@ -1,7 +1,7 @@
 //! Where a migration goes to.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Where a destination waits, and a source connects to.
@@ -13,6 +13,13 @@ pub enum Address {
     Tcp(String),
     /// A command's standard input and output, as `sh` runs it.
     Exec(String),
+}
+
+impl Address {
+    /// Whether what goes there can be read on the way.
+    pub fn is_open(&self, tls_dir: Option<&Path>) -> bool {
+        matches!(self, Address::Tcp(_)) && tls_dir.is_none()
+    }
 }
 
 impl FromStr for Address {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::MigrateConfig;
 use super::report::{MigrationReport, Phase};
@@ -28,10 +29,26 @@ pub fn migrate(socket: &Path, config: &MigrateConfig, json: bool) -> Result<Migr
         "auto_converge": config.auto_converge,
         "postcopy": config.postcopy,
         "bytes_per_s": config.bandwidth,
+        "tls_dir": config.tls_dir,
     });
+    if config.to.is_open(config.tls_dir.as_deref()) {
+        eprintln!("vmm: warning: the guest's memory goes to {} in the clear; --tls-dir hides it", config.to);
+    }
     let progress = io::stderr().is_terminal() && !json;
     let report = block_on(async {
-        client.call::<Value>(Method::PUT, "/vm/migrate", Some(&request)).await?;
+        // From before it begins, so that none is lost.
+        let mut interrupted = signal(SignalKind::interrupt()).map_err(ClientError::System)?;
+        let begun = client.call::<Value>(Method::PUT, "/vm/migrate", Some(&request));
+        tokio::pin!(begun);
+        loop {
+            tokio::select! {
+                begun = &mut begun => {
+                    begun?;
+                    break;
+                }
+                _ = interrupted.recv() => cancel(&client).await?,
+            }
+        }
         loop {
             let report: MigrationReport = client.get("/vm/migrate").await?;
             if report.phase.is_over() {
@@ -45,13 +62,7 @@ pub fn migrate(socket: &Path, config: &MigrateConfig, json: bool) -> Result<Migr
             }
             tokio::select! {
                 () = tokio::time::sleep(PROGRESS) => {}
-                _ = tokio::signal::ctrl_c() => {
-                    match client.call::<Value>(Method::DELETE, "/vm/migrate", None::<&()>).await {
-                        // Too late, or over: its report says.
-                        Ok(_) | Err(ClientError::Refused(_)) => {}
-                        Err(error) => return Err(error),
-                    }
-                }
+                _ = interrupted.recv() => cancel(&client).await?,
             }
         }
     })?;
@@ -63,4 +74,12 @@ pub fn migrate(socket: &Path, config: &MigrateConfig, json: bool) -> Result<Migr
         eprintln!("vmm: {report}");
     }
     Ok(report)
+}
+
+async fn cancel(client: &Client) -> Result<(), ClientError> {
+    match client.call::<Value>(Method::DELETE, "/vm/migrate", None::<&()>).await {
+        // Too late, or over: its report says.
+        Ok(_) | Err(ClientError::Refused(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
 }

@@ -3,6 +3,9 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
+#[cfg(any(test, fuzzing))]
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,21 +18,19 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::lane::{Cancel, Lane, Listener};
+use super::lane::{Cancel, FOR_A_HELLO, Lane, Listener};
 use super::note::{Hello, Note, NoteError, VERSION};
 use super::postcopy::{Filling, Rest};
 use super::source::MAX_CONNECTIONS;
+use super::tls::DestinationTls;
 use super::{Address, MigrateError, postcopy};
-use crate::devices::virtio::disk::DiskConfig;
+use crate::devices::virtio::disk::{DiskConfig, DiskError};
 use crate::dump;
 use crate::machine::Machine;
 use crate::memory::{Faults, MemoryConfig, Ram};
 use crate::snapshot::Shape;
 use crate::state::parts::Parts;
 use crate::sys::signals::Signals;
-
-/// How long a connection may take to say what it is.
-const FOR_A_HELLO: Duration = Duration::from_secs(5);
 
 /// How long the other connections may take after the first one.
 const FOR_LANES: Duration = Duration::from_secs(10);
@@ -43,16 +44,21 @@ pub(crate) struct Incoming {
 }
 
 impl Incoming {
-    /// Waits for a source. `None`: a signal came first.
-    pub(crate) fn wait(address: &Address, signals: &Signals) -> Result<Option<Incoming>, MigrateError> {
+    /// Waits for a source, with TLS by what is in `tls_dir` if that is given. `None`: a signal came first.
+    pub(crate) fn wait(
+        address: &Address,
+        tls_dir: Option<&Path>,
+        signals: &Signals,
+    ) -> Result<Option<Incoming>, MigrateError> {
         let listen = |source| MigrateError::Listen { at: address.to_string(), source };
-        let listener = Listener::bind(address).map_err(listen)?;
+        let tls = tls_dir.map(DestinationTls::new).transpose()?;
+        let listener = Listener::bind(address, tls).map_err(listen)?;
         loop {
             if !waited(&listener, signals, None).map_err(listen)? {
                 return Ok(None);
             }
-            let lane = listener.accept().map_err(listen)?;
-            let (lane, hello) = match greeted(lane, None) {
+            let lane = listener.accept().map_err(NoteError::from);
+            let (lane, hello) = match lane.and_then(|lane| greeted(lane, None)) {
                 Ok(greeted) => greeted,
                 // Somebody else, or a source that cannot be served: it has been told. One that is meant for this machine
                 // may come yet; but not by a command that has been run.
@@ -162,26 +168,26 @@ impl Incoming {
             Note::Welcome.write(lane)?;
         }
         let ram = machine.ram();
-        let into = Into {
-            id: self.hello.id,
-            ram,
-            slots: dump::slots(ram),
-            written: DirtyBitmap::new((ram.config().size / PAGE_SIZE) as usize),
-            said: Mutex::default(),
-        };
-        let lanes = std::mem::take(&mut self.lanes);
-        let absorbed: Vec<Result<Lane, MigrateError>> = thread::scope(|scope| {
+        let into = Into::new(self.hello.id, ram);
+        let absorbed: Vec<Result<(), MigrateError>> = thread::scope(|scope| {
             let into = &into;
+            let absorb = |lane: &mut Lane| {
+                let absorbed = into.absorb(lane);
+                if let Err(error) = &absorbed {
+                    // At once, while the others still hear: the source may know already, or be gone.
+                    let _ = Note::Refused { why: error.to_string() }.write(lane);
+                    lane.cut();
+                }
+                absorbed
+            };
             let threads: Vec<_> =
-                lanes.into_iter().map(|lane| scope.spawn(move || into.absorb(lane))).collect();
+                self.lanes.iter_mut().map(|lane| scope.spawn(move || absorb(lane))).collect();
             threads
                 .into_iter()
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
                 .collect()
         });
-        for lane in absorbed {
-            self.lanes.push(lane?);
-        }
+        absorbed.into_iter().collect::<Result<(), _>>()?;
         let Into { slots, written, said, .. } = into;
         let Said { parts, missing } = said.into_inner().unwrap_or_else(PoisonError::into_inner);
         let state = parts.finish(self.hello.shape.cpus)?;
@@ -209,6 +215,7 @@ impl Incoming {
         Note::Ready.write(lane)?;
         Note::expect(lane, &Note::Go, "word that the machine is given away")?;
         // It is ours now, whatever becomes of the connection.
+        take_disks(machine).map_err(|error| MigrateError::Machine(error.to_string()))?;
         machine.start().map_err(|error| MigrateError::Machine(error.to_string()))?;
         let _ = Note::Running.write(lane);
         if let Some((rest, _)) = &rest {
@@ -224,6 +231,22 @@ type Later = (Arc<Rest>, Arc<Server>);
 /// Whether the memory can be had page by page from elsewhere.
 fn takes_postcopy(memory: &MemoryConfig) -> bool {
     memory.fault == Faults::Uffd && !memory.shared && memory.huge.hugetlb_shift().is_none()
+}
+
+/// How long who looks whether a disk is free may keep it from being taken.
+const FOR_DISKS: Duration = Duration::from_secs(1);
+
+/// Takes the disks, which the source has left.
+fn take_disks(machine: &Machine) -> Result<(), DiskError> {
+    let deadline = Instant::now() + FOR_DISKS;
+    loop {
+        match machine.take_disks() {
+            Err(DiskError::Locked { .. }) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            taken => return taken,
+        }
+    }
 }
 
 /// Waits for a connection. False: a signal came, or the time is up.
@@ -290,8 +313,19 @@ struct Said {
 }
 
 impl Into<'_> {
-    /// Reads a connection's log to its end, and gives the connection back.
-    fn absorb(&self, lane: Lane) -> Result<Lane, MigrateError> {
+    /// Into `ram`, which is as it was made.
+    fn new(id: StreamId, ram: &Ram) -> Into<'_> {
+        Into {
+            id,
+            ram,
+            slots: dump::slots(ram),
+            written: DirtyBitmap::new((ram.config().size / PAGE_SIZE) as usize),
+            said: Mutex::default(),
+        }
+    }
+
+    /// Reads a connection's log to its end, and nothing behind it.
+    fn absorb(&self, lane: &mut Lane) -> Result<(), MigrateError> {
         let mut log = LogReader::new(lane)?;
         let header = log.header();
         let same = header.slots.iter().map(SlotInfo::frames).eq(self.slots.iter().map(SlotInfo::frames));
@@ -329,7 +363,7 @@ impl Into<'_> {
                 _ => {}
             }
         }
-        Ok(log.into_input())
+        Ok(())
     }
 
     fn said(&self) -> MutexGuard<'_, Said> {
@@ -340,4 +374,36 @@ impl Into<'_> {
     fn place(&self, range: PageRange) -> Range<usize> {
         postcopy::place(&self.slots, range).map_or(0..0, |first| first..first + range.pages as usize)
     }
+}
+
+/// What a destination does with one connection, and without a machine, down to the memory.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn rehearse(stream: UnixStream, ram: &Ram) -> Result<(), MigrateError> {
+    let (mut lane, hello) = greeted(Lane::unix(stream).map_err(MigrateError::System)?, None)?;
+    Note::Welcome.write(&mut lane)?;
+    let into = Into::new(hello.id, ram);
+    into.absorb(&mut lane)?;
+    let Said { parts, .. } = into.said.into_inner().unwrap_or_else(PoisonError::into_inner);
+    parts.finish(hello.shape.cpus)?;
+    Ok(())
+}
+
+/// The destination of so many connections, down to the memory.
+#[cfg(test)]
+pub(super) fn absorb_all(listener: &Listener, connections: usize, ram: &Ram) {
+    let mut due = None;
+    let mut lanes = Vec::new();
+    for _ in 0..connections {
+        let (lane, hello) = greeted(listener.accept().unwrap(), due).unwrap();
+        lanes.push(lane);
+        due = Some((hello.id, lanes.len()));
+    }
+    let into = Into::new(due.unwrap().0, ram);
+    thread::scope(|scope| {
+        for mut lane in lanes {
+            Note::Welcome.write(&mut lane).unwrap();
+            let into = &into;
+            scope.spawn(move || into.absorb(&mut lane).unwrap());
+        }
+    });
 }

@@ -170,7 +170,7 @@ impl Drive<'_> {
             self.report.postcopy_pages = Some(0);
             (self.tell)(&self.report);
             let told = Mutex::new((&mut self.tell, &mut self.report));
-            let served = gone.serve(ram, &self.config.to, cancel, |pages| {
+            let served = gone.serve(ram, self.config, cancel, |pages| {
                 let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
                 let (tell, report) = &mut *told;
                 // Not each time: whoever asks waits.
@@ -236,6 +236,7 @@ impl LastStep<'_> {
         if !self.cancel.too_late() {
             return Err(MigrateError::Cancelled);
         }
+        self.machine.give_disks().map_err(|error| MigrateError::Machine(error.to_string()))?;
         // It stays so, whatever happens now.
         self.machine.hold();
         Ok(complete.give_away())

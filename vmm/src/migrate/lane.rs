@@ -1,64 +1,120 @@
 //! One connection of a migration: bytes both ways, whatever carries them.
+//!
+//! What is small is collected, so that scattered pages do not cost a system call each; what is large goes from memory to
+//! memory. What is collected leaves before anything is waited for.
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, WriteVolatile};
 
-use super::Address;
+use super::tls::{DestinationTls, Secured, SourceTls, TlsError};
+use super::{Address, MigrateConfig};
 use crate::memory::GuestRam;
 
 /// How long the other side may neither take nor give anything before it counts as gone.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// From so many bytes on it pays to send and receive without a copy.
+const LARGE: usize = 64 << 10;
+
+/// So many bytes are collected.
+const COLLECTED: usize = 256 << 10;
+
+/// How long a connection may take to say what it is.
+pub(super) const FOR_A_HELLO: Duration = Duration::from_secs(5);
+
+/// How long a command may go on after the end of its input.
+const FOR_A_COMMAND: Duration = Duration::from_millis(500);
 
 /// A connection. Reads and writes that get nowhere for a while fail.
 #[derive(Debug)]
 pub(super) struct Lane {
     carrier: Carrier,
     sent: u64,
+    /// Small things that are yet to leave.
+    out: Vec<u8>,
+    /// What came with other things, from `taken` to `filled`.
+    came: Vec<u8>,
+    taken: usize,
+    filled: usize,
+    /// What is at the other end, where that is a command; dropped after its socket.
+    _command: Option<Running>,
 }
 
 #[derive(Debug)]
 enum Carrier {
     Unix(UnixStream),
     Tcp(TcpStream),
-    Exec(Box<Exec>),
+    /// The stream itself, and what is over it.
+    Tls(TcpStream, Box<dyn Secured>),
 }
 
-/// A command whose input and output carry it.
+/// A command that runs as long as this lives.
 #[derive(Debug)]
-struct Exec {
-    child: Child,
-    to: ChildStdin,
-    from: ChildStdout,
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It has heard the end of its input by now, and may still have to pass on what came before.
+        let deadline = Instant::now() + FOR_A_COMMAND;
+        while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+        // It has ended, or is of no use any more.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
-impl Drop for Exec {
-    fn drop(&mut self) {
-        // It has ended, or is of no use any more.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+/// Where a source connects to, and how; again and again if need be.
+#[derive(Clone, Debug)]
+pub(super) struct Way {
+    to: Address,
+    tls: Option<SourceTls>,
+}
+
+impl Way {
+    pub(super) fn of(config: &MigrateConfig) -> Result<Way, TlsError> {
+        let tls = match (&config.tls_dir, &config.to) {
+            (Some(directory), Address::Tcp(address)) => Some(SourceTls::new(directory, address)?),
+            _ => None,
+        };
+        Ok(Way { to: config.to.clone(), tls })
+    }
+
+    /// Connects.
+    pub(super) fn connect(&self) -> io::Result<Lane> {
+        Lane::connect(&self.to, self.tls.as_ref())
+    }
+
+    /// Whether a connection that broke off is not to be had again.
+    pub(super) fn is_once(&self) -> bool {
+        matches!(self.to, Address::Exec(_))
     }
 }
 
 impl Lane {
-    /// Connects to `address`.
-    pub(super) fn connect(address: &Address) -> io::Result<Lane> {
+    /// Connects to `address`; with `tls` if that is TCP.
+    fn connect(address: &Address, tls: Option<&SourceTls>) -> io::Result<Lane> {
         match address {
             Address::Unix(path) => Lane::unix(UnixStream::connect(path)?),
             Address::Tcp(address) => {
                 let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 for address in address.to_socket_addrs()? {
                     match TcpStream::connect_timeout(&address, PATIENCE) {
-                        Ok(stream) => return Lane::tcp(stream),
+                        Ok(stream) => {
+                            return Lane::tcp(stream, |stream| tls.map(|tls| tls.secure(stream)).transpose());
+                        }
                         Err(error) => failed = error,
                     }
                 }
@@ -69,7 +125,7 @@ impl Lane {
     }
 
     fn over(carrier: Carrier) -> Lane {
-        Lane { carrier, sent: 0 }
+        Lane { carrier, sent: 0, out: Vec::new(), came: Vec::new(), taken: 0, filled: 0, _command: None }
     }
 
     /// Bytes that were sent.
@@ -77,65 +133,143 @@ impl Lane {
         self.sent
     }
 
-    fn unix(stream: UnixStream) -> io::Result<Lane> {
+    pub(super) fn unix(stream: UnixStream) -> io::Result<Lane> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         Ok(Lane::over(Carrier::Unix(stream)))
     }
 
-    fn tcp(stream: TcpStream) -> io::Result<Lane> {
+    fn tcp(
+        stream: TcpStream,
+        secure: impl FnOnce(TcpStream) -> io::Result<Option<Box<dyn Secured>>>,
+    ) -> io::Result<Lane> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Lane::over(Carrier::Tcp(stream)))
+        Ok(Lane::over(match secure(stream.try_clone()?)? {
+            Some(secured) => Carrier::Tls(stream, secured),
+            None => Carrier::Tcp(stream),
+        }))
     }
 
+    /// A command has a socket for its input and output: a pipe's other end could keep this one waiting for ever.
     fn exec(command: &str) -> io::Result<Lane> {
-        let mut child =
-            Command::new("sh").args(["-c", command]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        match (child.stdin.take(), child.stdout.take()) {
-            (Some(to), Some(from)) => Ok(Lane::over(Carrier::Exec(Box::new(Exec { child, to, from })))),
-            _ => Err(io::ErrorKind::BrokenPipe.into()),
-        }
+        let (ours, theirs) = UnixStream::pair()?;
+        let (input, output) = (OwnedFd::from(theirs.try_clone()?), OwnedFd::from(theirs));
+        let child = Command::new("sh").args(["-c", command]).stdin(input).stdout(output).spawn()?;
+        Ok(Lane { _command: Some(Running(child)), ..Lane::unix(ours)? })
     }
 
     /// How long reading may take without a byte; `None`: for ever.
     pub(super) fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
         match &self.carrier {
             Carrier::Unix(stream) => stream.set_read_timeout(patience),
-            Carrier::Tcp(stream) => stream.set_read_timeout(patience),
-            Carrier::Exec(_) => Ok(()),
+            Carrier::Tcp(stream) | Carrier::Tls(stream, _) => stream.set_read_timeout(patience),
         }
     }
 
-    /// Sends `bytes` of guest memory from `from` on, all in one memslot. No copy is made where the connection takes memory as it is.
+    /// Sends `bytes` of guest memory from `from` on, all in one memslot.
     pub(super) fn send(&mut self, ram: &GuestRam, from: GuestAddress, bytes: usize) -> io::Result<()> {
         let memory = ram.get_slice(from, bytes).map_err(io::Error::other)?;
+        self.sent += bytes as u64;
+        if bytes < LARGE {
+            let start = self.out.len();
+            self.out.resize(start + bytes, 0);
+            memory.copy_to(&mut self.out[start..]);
+            return self.leave_if_full();
+        }
+        self.leave()?;
         match &mut self.carrier {
-            Carrier::Unix(stream) => stream.write_all_volatile(&memory).map_err(volatile)?,
-            Carrier::Tcp(stream) => stream.write_all_volatile(&memory).map_err(volatile)?,
-            Carrier::Exec(exec) => {
+            Carrier::Unix(stream) => stream.write_all_volatile(&memory).map_err(volatile),
+            Carrier::Tcp(stream) => stream.write_all_volatile(&memory).map_err(volatile),
+            Carrier::Tls(_, stream) => {
                 let mut copy = vec![0; bytes];
                 memory.copy_to(&mut copy);
-                exec.to.write_all(&copy)?;
+                stream.write_all(&copy)
             }
         }
-        self.sent += bytes as u64;
-        Ok(())
     }
 
     /// Receives `bytes` of guest memory to `to` and on, all in one memslot.
     pub(super) fn receive(&mut self, ram: &GuestRam, to: GuestAddress, bytes: usize) -> io::Result<()> {
-        let mut memory = ram.get_slice(to, bytes).map_err(io::Error::other)?;
-        match &mut self.carrier {
-            Carrier::Unix(stream) => stream.read_exact_volatile(&mut memory).map_err(volatile),
-            Carrier::Tcp(stream) => stream.read_exact_volatile(&mut memory).map_err(volatile),
-            Carrier::Exec(exec) => {
-                let mut copy = vec![0; bytes];
-                exec.from.read_exact(&mut copy)?;
-                memory.copy_from(&copy);
-                Ok(())
+        let memory = ram.get_slice(to, bytes).map_err(io::Error::other)?;
+        let mut done = 0;
+        while done < bytes {
+            let mut rest = memory.offset(done).map_err(volatile)?;
+            let here = &self.came[self.taken..self.filled];
+            if here.is_empty() && rest.len() >= LARGE {
+                self.leave()?;
+                return match &mut self.carrier {
+                    Carrier::Unix(stream) => stream.read_exact_volatile(&mut rest).map_err(volatile),
+                    Carrier::Tcp(stream) => stream.read_exact_volatile(&mut rest).map_err(volatile),
+                    Carrier::Tls(_, stream) => {
+                        let mut copy = vec![0; rest.len()];
+                        stream.read_exact(&mut copy)?;
+                        rest.copy_from(&copy);
+                        Ok(())
+                    }
+                };
             }
+            if here.is_empty() {
+                self.collect()?;
+                continue;
+            }
+            let part = here.len().min(rest.len());
+            rest.copy_from(&here[..part]);
+            self.taken += part;
+            done += part;
+        }
+        Ok(())
+    }
+
+    /// Sends what was collected.
+    fn leave(&mut self) -> io::Result<()> {
+        if !self.out.is_empty() {
+            // What fails here is not sent a second time.
+            let out = std::mem::take(&mut self.out);
+            self.stream().write_all(&out)?;
+            self.out = out;
+            self.out.clear();
+        }
+        Ok(())
+    }
+
+    fn leave_if_full(&mut self) -> io::Result<()> {
+        if self.out.len() >= COLLECTED { self.leave() } else { Ok(()) }
+    }
+
+    /// Waits for bytes, and takes what there is. The end of the connection is an error.
+    fn collect(&mut self) -> io::Result<()> {
+        if self.wait_for_some()? == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+    }
+
+    fn wait_for_some(&mut self) -> io::Result<usize> {
+        self.leave()?;
+        let mut came = std::mem::take(&mut self.came);
+        came.resize(COLLECTED, 0);
+        let read = loop {
+            match self.stream().read(&mut came) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read,
+            }
+        };
+        (self.came, self.taken, self.filled) = (came, 0, *read.as_ref().unwrap_or(&0));
+        read
+    }
+
+    fn stream(&mut self) -> &mut dyn Stream {
+        match &mut self.carrier {
+            Carrier::Unix(stream) => stream,
+            Carrier::Tcp(stream) => stream,
+            Carrier::Tls(_, stream) => stream,
+        }
+    }
+
+    /// Ends it: what was sent arrives, and nothing else is taken.
+    pub(super) fn cut(&self) {
+        // Without a descriptor to spare it ends when it is dropped.
+        if let Ok(breaker) = self.breaker() {
+            breaker.cut();
         }
     }
 
@@ -143,8 +277,7 @@ impl Lane {
     pub(super) fn breaker(&self) -> io::Result<Breaker> {
         Ok(match &self.carrier {
             Carrier::Unix(stream) => Breaker::Unix(stream.try_clone()?),
-            Carrier::Tcp(stream) => Breaker::Tcp(stream.try_clone()?),
-            Carrier::Exec(exec) => Breaker::Process(exec.child.id()),
+            Carrier::Tcp(stream) | Carrier::Tls(stream, _) => Breaker::Tcp(stream.try_clone()?),
         })
     }
 }
@@ -156,33 +289,44 @@ fn volatile(error: VolatileMemoryError) -> io::Error {
     }
 }
 
+/// Bytes both ways.
+trait Stream: Read + Write {}
+
+impl<T: Read + Write> Stream for T {}
+
 impl Read for Lane {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
-        match &mut self.carrier {
-            Carrier::Unix(stream) => stream.read(to),
-            Carrier::Tcp(stream) => stream.read(to),
-            Carrier::Exec(exec) => exec.from.read(to),
+        if self.filled == self.taken {
+            if to.len() >= LARGE {
+                self.leave()?;
+                return self.stream().read(to);
+            }
+            self.wait_for_some()?;
         }
+        let part = to.len().min(self.filled - self.taken);
+        to[..part].copy_from_slice(&self.came[self.taken..][..part]);
+        self.taken += part;
+        Ok(part)
     }
 }
 
 impl Write for Lane {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
-        let sent = match &mut self.carrier {
-            Carrier::Unix(stream) => stream.write(from),
-            Carrier::Tcp(stream) => stream.write(from),
-            Carrier::Exec(exec) => exec.to.write(from),
-        }?;
+        let sent = if from.len() < LARGE {
+            self.out.extend_from_slice(from);
+            self.leave_if_full()?;
+            from.len()
+        } else {
+            self.leave()?;
+            self.stream().write(from)?
+        };
         self.sent += sent as u64;
         Ok(sent)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match &mut self.carrier {
-            Carrier::Unix(stream) => stream.flush(),
-            Carrier::Tcp(stream) => stream.flush(),
-            Carrier::Exec(exec) => exec.to.flush(),
-        }
+        self.leave()?;
+        self.stream().flush()
     }
 }
 
@@ -191,7 +335,6 @@ impl Write for Lane {
 pub(super) enum Breaker {
     Unix(UnixStream),
     Tcp(TcpStream),
-    Process(u32),
 }
 
 impl Breaker {
@@ -200,7 +343,6 @@ impl Breaker {
         match self {
             Breaker::Unix(stream) => drop(stream.shutdown(Shutdown::Both)),
             Breaker::Tcp(stream) => drop(stream.shutdown(Shutdown::Both)),
-            Breaker::Process(pid) => crate::sys::signals::terminate(*pid),
         }
     }
 }
@@ -265,13 +407,14 @@ impl Cancel {
 #[derive(Debug)]
 pub(super) enum Listener {
     Unix(UnixListener, PathBuf),
-    Tcp(TcpListener),
+    Tcp(TcpListener, Option<DestinationTls>),
     /// It has one connection, and that is there from the beginning.
     Exec(String),
 }
 
 impl Listener {
-    pub(super) fn bind(address: &Address) -> io::Result<Listener> {
+    /// Waits at `address`; with `tls` if that is TCP.
+    pub(super) fn bind(address: &Address, tls: Option<DestinationTls>) -> io::Result<Listener> {
         Ok(match address {
             Address::Unix(path) => {
                 remove_stale(path)?;
@@ -280,7 +423,7 @@ impl Listener {
                 fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
                 Listener::Unix(listener, path.clone())
             }
-            Address::Tcp(address) => Listener::Tcp(TcpListener::bind(address)?),
+            Address::Tcp(address) => Listener::Tcp(TcpListener::bind(address)?, tls),
             Address::Exec(command) => Listener::Exec(command.clone()),
         })
     }
@@ -289,7 +432,10 @@ impl Listener {
     pub(super) fn accept(&self) -> io::Result<Lane> {
         match self {
             Listener::Unix(listener, _) => Lane::unix(listener.accept()?.0),
-            Listener::Tcp(listener) => Lane::tcp(listener.accept()?.0),
+            Listener::Tcp(listener, tls) => Lane::tcp(listener.accept()?.0, |stream| {
+                stream.set_read_timeout(Some(FOR_A_HELLO))?;
+                tls.as_ref().map(|tls| tls.secure(stream)).transpose()
+            }),
             Listener::Exec(command) => Lane::exec(command),
         }
     }
@@ -298,7 +444,7 @@ impl Listener {
     pub(super) fn set_patience(&self, patience: Duration) -> io::Result<()> {
         let fd = match self {
             Listener::Unix(listener, _) => listener.as_fd(),
-            Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Tcp(listener, _) => listener.as_fd(),
             Listener::Exec(_) => return Ok(()),
         };
         // SO_RCVTIMEO is for accept(2), too; only streams have a method for it.
@@ -309,7 +455,7 @@ impl Listener {
     pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Listener::Unix(listener, _) => Some(listener.as_fd()),
-            Listener::Tcp(listener) => Some(listener.as_fd()),
+            Listener::Tcp(listener, _) => Some(listener.as_fd()),
             Listener::Exec(_) => None,
         }
     }

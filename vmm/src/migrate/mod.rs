@@ -38,7 +38,7 @@
 //!   ends                                                           |
 //! ```
 //!
-//! Notes are read by [`note`]; their layout is there. Either side breaks a migration off by closing its connections.
+//! Over TCP, TLS ([`tls`]) can be below all that. Notes are read by [`note`]; their layout is there. Either side breaks a migration off by closing its connections.
 
 mod address;
 pub mod client;
@@ -50,6 +50,7 @@ mod postcopy;
 pub mod report;
 mod rounds;
 pub(crate) mod source;
+pub mod tls;
 
 pub use address::Address;
 pub use source::{MAX_CONNECTIONS, MigrateConfig};
@@ -66,10 +67,15 @@ use note::NoteError;
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
     /// Nobody is there.
-    #[error("cannot connect to {to}: {source}; is `vmm run --incoming {to}` waiting there?")]
+    #[error(
+        "cannot connect to {to}: {source}; is `vmm run --incoming {to}{}` waiting there?",
+        if *.tls { " --tls-dir DIR" } else { "" }
+    )]
     Connect {
         /// Where.
         to: String,
+        /// With TLS.
+        tls: bool,
         /// What the system said.
         source: io::Error,
     },
@@ -119,6 +125,9 @@ pub enum MigrateError {
         "the guest writes faster than can be sent: allow a longer --downtime, or --auto-converge, or --postcopy"
     )]
     Diverges,
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
     /// A system resource.
     #[error("cannot migrate: {0}")]
     System(#[source] io::Error),

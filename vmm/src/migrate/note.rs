@@ -64,7 +64,7 @@ pub enum NoteError {
     #[error("{}", broken(.0))]
     Io(#[from] io::Error),
     /// Something else is on the other side.
-    #[error("what is on the other side does not speak this protocol")]
+    #[error("what is on the other side does not speak this protocol, or just one side has --tls-dir")]
     Foreign,
     /// It cannot be that long.
     #[error("a note of {0} bytes is none")]
@@ -111,12 +111,13 @@ impl Note {
     }
 
     pub(super) fn read(from: &mut impl Read) -> Result<Note, NoteError> {
-        let mut head = [0; 8];
-        from.read_exact(&mut head)?;
-        let [a, b, c, d, length @ ..] = head;
-        if [a, b, c, d] != MAGIC {
+        let (mut magic, mut length) = ([0; 4], [0; 4]);
+        from.read_exact(&mut magic)?;
+        // What is foreign may be shorter than a note.
+        if magic != MAGIC {
             return Err(NoteError::Foreign);
         }
+        from.read_exact(&mut length)?;
         let length = u32::from_le_bytes(length) as usize;
         if length > LONGEST {
             return Err(NoteError::Long(length));

@@ -20,10 +20,10 @@ use dirty_track::fault::{PageSource, Server};
 use dirty_track::log::{SlotInfo, StreamId};
 use vm_memory::GuestAddress;
 
-use super::lane::{Cancel, Lane, Listener, PATIENCE};
+use super::MigrateError;
+use super::lane::{Cancel, Lane, Listener, PATIENCE, Way};
 use super::note::{Hello, Note, NoteError};
 use super::source::{Zeros, zeros};
-use super::{Address, MigrateError};
 use crate::memory::{GuestRam, Ram};
 
 /// Most pages of a request: a block.
@@ -92,7 +92,7 @@ pub(super) fn place(slots: &[SlotInfo], range: PageRange) -> Option<usize> {
 pub(super) fn serve(
     lanes: Vec<Lane>,
     ram: &Ram,
-    to: &Address,
+    to: &Way,
     hello: &Hello,
     cancel: &Cancel,
     tell: impl Fn(u64) + Sync,
@@ -130,7 +130,7 @@ pub(super) fn serve(
 struct Service<'a, T> {
     ram: &'a GuestRam,
     slots: Vec<SlotInfo>,
-    to: &'a Address,
+    to: &'a Way,
     hello: &'a Hello,
     cancel: &'a Cancel,
     tell: T,
@@ -152,7 +152,7 @@ impl<T: Fn(u64)> Service<'_, T> {
                     return Ok(());
                 }
                 let given_up = since.elapsed() > RECOVERY || self.cancel.is_abandoned();
-                if given_up || matches!(self.to, Address::Exec(_)) {
+                if given_up || self.to.is_once() {
                     return Err(NoteError::from(error).into());
                 }
                 match greet_again(self.to, self.hello, number) {
@@ -198,8 +198,8 @@ impl<T: Fn(u64)> Service<'_, T> {
     }
 }
 
-fn greet_again(to: &Address, hello: &Hello, lane: usize) -> Result<Lane, NoteError> {
-    let mut connection = Lane::connect(to)?;
+fn greet_again(to: &Way, hello: &Hello, lane: usize) -> Result<Lane, NoteError> {
+    let mut connection = to.connect()?;
     Note::Hello(Box::new(Hello { lane, again: true, ..hello.clone() })).write(&mut connection)?;
     Note::expect(&mut connection, &Note::Welcome, "a welcome")?;
     Ok(connection)

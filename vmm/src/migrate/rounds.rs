@@ -64,9 +64,11 @@ pub(super) struct Rounds {
 impl Rounds {
     /// A round took `seconds` to send `bytes`; `owed` pages have become dirty meanwhile.
     pub(super) fn next(&mut self, bytes: u64, seconds: f64, owed: u64, limits: &Limits) -> Next {
-        // A few pages tell nothing about a link.
-        if seconds > 0.0 && (bytes >= 4 << 20 || self.rate == 0.0) {
-            self.rate = bytes as f64 / seconds;
+        if seconds > 0.0 {
+            let rate = bytes as f64 / seconds;
+            // A few pages tell nothing about a link but that it is no slower.
+            let tells = bytes >= 4 << 20 || self.rate == 0.0;
+            self.rate = if tells { rate } else { rate.max(self.rate) };
         }
         let shrinks = self.last.is_none_or(|last| owed * 4 < last * 3);
         self.last = Some(owed);
@@ -148,6 +150,20 @@ mod tests {
         assert_eq!(run(1e9, 3e9, 1e9, Limits { auto_converge: true, ..LIMITS }).1, Next::Stop);
         let patient = Limits { downtime: Duration::from_secs(2), ..LIMITS };
         assert_eq!(run(1e9, 1e10, 1e9, patient).1, Next::Stop);
+    }
+
+    #[test]
+    fn a_hiccup_of_a_busy_host_is_no_slow_link() {
+        let mut rounds = Rounds::default();
+        let limits = Limits { downtime: Duration::from_millis(20), ..LIMITS };
+        rounds.next(4 << 20, 0.7, 392, &limits);
+        assert!(rounds.downtime(392).unwrap() > 0.2);
+        // 1.6 MiB in 16 ms, again and again: as much as may be owed.
+        let next = (0..3).map(|_| rounds.next(392 * 4096, 0.016, 392, &limits)).last();
+        assert_eq!(next, Some(Next::Stop));
+        // And one large round says that it has become slow.
+        rounds.next(8 << 20, 1.0, 392, &limits);
+        assert_eq!(rounds.rate(), f64::from(8 << 20));
     }
 
     proptest! {

@@ -4,6 +4,7 @@
 //! be done in a step is what its type has, and who has given the machine away has nothing left to run it with.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use dirty_track::refine::Shadow;
 use dirty_track::tracker::Guarantees;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
-use super::lane::{Cancel, Lane};
+use super::lane::{Cancel, Lane, Way};
 use super::note::{Hello, Note, NoteError, VERSION};
 use super::report::Round;
 use super::rounds::Limits;
@@ -44,6 +45,8 @@ pub struct MigrateConfig {
     pub postcopy: bool,
     /// Most bytes per second, if there is a limit.
     pub bandwidth: Option<u64>,
+    /// TLS, by the certificates in this directory ([`tls`](super::tls)).
+    pub tls_dir: Option<PathBuf>,
 }
 
 /// How long who has broken off may take to say why.
@@ -140,12 +143,16 @@ impl Copying {
             postcopy: config.postcopy,
             again: false,
         };
+        let way = Way::of(config)?;
         let mut lanes = Vec::with_capacity(connections);
         for lane in 0..connections {
-            let connected = Lane::connect(&config.to)
-                .and_then(|connection| cancel.watch(&connection).map(|()| connection));
-            let mut connection =
-                connected.map_err(|source| MigrateError::Connect { to: config.to.to_string(), source })?;
+            let connected =
+                way.connect().and_then(|connection| cancel.watch(&connection).map(|()| connection));
+            let mut connection = connected.map_err(|source| MigrateError::Connect {
+                to: config.to.to_string(),
+                tls: config.tls_dir.is_some(),
+                source,
+            })?;
             Note::Hello(Box::new(Hello { lane, ..hello.clone() })).write(&mut connection)?;
             lanes.push(connection);
         }
@@ -243,12 +250,12 @@ impl Copying {
         if self.pace.cancel.is_cancelled() {
             return MigrateError::Cancelled;
         }
-        let WriteError::Io(_) = &error else { return error.into() };
+        let WriteError::Io(error) = error else { return error.into() };
         let mut lane = self.lanes.swap_remove(0).into_out();
         let said = lane.set_patience(Some(FOR_A_REASON)).map_err(NoteError::from);
         match said.and_then(|()| Note::read(&mut lane)) {
             Ok(Note::Refused { why }) => NoteError::Refused(why).into(),
-            _ => error.into(),
+            _ => NoteError::Io(error).into(),
         }
     }
 }
@@ -319,11 +326,11 @@ impl Gone {
     pub(crate) fn serve(
         self,
         ram: &Ram,
-        to: &Address,
+        config: &MigrateConfig,
         cancel: &Cancel,
         tell: impl Fn(u64) + Sync,
     ) -> Result<u64, MigrateError> {
-        postcopy::serve(self.0.lanes, ram, to, &self.0.hello, cancel, tell)
+        postcopy::serve(self.0.lanes, ram, &Way::of(config)?, &self.0.hello, cancel, tell)
     }
 }
 
@@ -421,7 +428,97 @@ pub(super) fn zeros(ram: &GuestRam, range: PageRange, zeros: &mut Zeros) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use dirty_track::addr::PageSize;
+
+    use super::super::destination::absorb_all;
+    use super::super::lane::Listener;
     use super::*;
+    use crate::memory::MemoryConfig;
+
+    /// Changes pages of `ram` at random: to contents, to zeros, to nearly zeros.
+    fn scribble(ram: &Ram, random: &mut impl FnMut() -> u64, times: usize) -> Vec<PageRange> {
+        let pages = ram.config().size / PAGE_BYTES as u64;
+        let mut written: Vec<u64> = (0..times).map(|_| random() % pages).collect();
+        written.sort_unstable();
+        written.dedup();
+        for gfn in &written {
+            let mut page = [0; PAGE_BYTES];
+            match random() % 4 {
+                0 => {}
+                1 => page[(random() % PAGE_BYTES as u64) as usize] = 1,
+                2 => page.fill(random() as u8),
+                _ => page.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&random().to_le_bytes())),
+            }
+            ram.mem().write_slice(&page, GuestAddress(gfn * PAGE_BYTES as u64)).unwrap();
+        }
+        written.iter().map(|&gfn| PageRange { start: Gfn(gfn), pages: 1 }).collect()
+    }
+
+    /// What the destination has is what the source had, byte for byte.
+    #[test]
+    fn what_is_sent_arrives() {
+        for (connections, compress) in
+            [(1, Compression::None), (3, Compression::Lz4), (4, Compression::Zstd), (5, Compression::None)]
+        {
+            let directory = tempfile::tempdir().unwrap();
+            let config = MigrateConfig {
+                to: Address::Unix(directory.path().join("socket")),
+                downtime: Duration::ZERO,
+                connections,
+                compress,
+                auto_converge: false,
+                postcopy: false,
+                bandwidth: None,
+                tls_dir: None,
+            };
+            let memory = MemoryConfig { size: 72 << 20, ..MemoryConfig::default() };
+            let (here, there) = (Ram::new(memory).unwrap(), Ram::new(memory).unwrap());
+            let shape = Shape { memory: memory.size, cpus: 1, disks: Vec::new(), rng: false, builtin: true };
+            let guarantees = Guarantees {
+                sees_guest_writes: true,
+                sees_host_writes: true,
+                may_report_reads: false,
+                granularity: PageSize::K4,
+                keeps_huge: true,
+                per_vcpu: false,
+            };
+            let listener = Listener::bind(&config.to, None).unwrap();
+            let mut seed = 1;
+            // Marsaglia's xorshift.
+            let mut random = || {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed
+            };
+            thread::scope(|scope| {
+                let destination = scope.spawn(|| absorb_all(&listener, connections, &there));
+                scribble(&here, &mut random, 1000);
+                let cancel = Cancel::default();
+                let mut copying =
+                    Copying::begin(&config, &shape, &here, ("none", guarantees), &cancel).unwrap();
+                let spans = |ranges: Vec<PageRange>| -> Vec<Span> {
+                    ranges.into_iter().map(|range| Span { range, flags: 0 }).collect()
+                };
+                let all = dump::slots(&here).iter().map(|slot| slot.frames()).collect();
+                copying.send(&here, &spans(all), None).unwrap();
+                for _ in 0..4 {
+                    let written = scribble(&here, &mut random, 1000);
+                    copying.send(&here, &spans(written), None).unwrap();
+                }
+                copying.lanes.drain(..).for_each(|log| drop(log.finish().unwrap()));
+                destination.join().unwrap();
+            });
+            let page = |ram: &Ram, gpa| {
+                let mut page = [0; PAGE_BYTES];
+                ram.mem().read_slice(&mut page, GuestAddress(gpa)).unwrap();
+                page
+            };
+            for gpa in (0..memory.size).step_by(PAGE_BYTES) {
+                assert!(page(&here, gpa) == page(&there, gpa), "{connections} {compress:?} {gpa:#x}");
+            }
+        }
+    }
 
     #[test]
     fn ranges_are_cut_at_blocks() {

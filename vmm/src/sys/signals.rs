@@ -50,15 +50,6 @@ impl Signals {
     }
 }
 
-/// Ends a process that this one started and has not waited for: so the number is that process's.
-pub fn terminate(pid: u32) {
-    let Ok(pid) = libc::pid_t::try_from(pid) else { return };
-    if pid > 0 {
-        // SAFETY: it touches no memory. One that has ended already is a zombie, and signals do nothing to it.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-    }
-}
-
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()

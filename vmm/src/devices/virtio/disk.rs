@@ -2,7 +2,8 @@
 //!
 //! A disk is a raw image. It is locked while it is open (`flock`, released by the kernel however the process
 //! ends): exclusively if the guest may write, shared if not, so that no two machines write one image and none
-//! reads what another writes.
+//! reads what another writes. A machine that comes from another process finds its disks locked by that one: it opens them
+//! as they are, and has to [take](DiskLock::take) their locks before its guest runs.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
@@ -133,6 +134,16 @@ impl Disk {
     /// # Errors
     /// Every [`DiskError`] but those of parsing. Nothing is created or changed.
     pub fn open(config: &DiskConfig) -> Result<Disk, DiskError> {
+        let disk = Disk::open_as_it_is(config)?;
+        disk.lock()?.take()?;
+        Ok(disk)
+    }
+
+    /// The same, without a lock on it.
+    ///
+    /// # Errors
+    /// As [`open`](Disk::open), but for [`DiskError::Locked`].
+    pub fn open_as_it_is(config: &DiskConfig) -> Result<Disk, DiskError> {
         let DiskConfig { path, readonly } = config.clone();
         let io = |action| {
             let path = path.clone();
@@ -160,11 +171,6 @@ impl Disk {
             };
             return Err(DiskError::Kind { path, what });
         }
-        let lock = if readonly { file.try_lock_shared() } else { file.try_lock() };
-        lock.map_err(|error| match error {
-            TryLockError::WouldBlock => DiskError::Locked { path: path.clone(), readonly },
-            TryLockError::Error(source) => io("lock")(source),
-        })?;
         // For a block device, metadata has no size; the end of the device is found by seeking.
         let size = file.seek(SeekFrom::End(0)).map_err(io("find the size of"))?;
         if size < SECTOR {
@@ -178,6 +184,17 @@ impl Disk {
             );
         }
         Ok(Disk { file, path, sectors: size / SECTOR, readonly })
+    }
+
+    /// Its lock, which is the disk's for as long as either lives.
+    ///
+    /// # Errors
+    /// When the process is out of file descriptors.
+    pub fn lock(&self) -> Result<DiskLock, DiskError> {
+        let io = |source| DiskError::Io { action: "open", path: self.path.clone(), source };
+        // The same open file description, and that is what has the lock (flock(2)).
+        let file = self.file.try_clone().map_err(io)?;
+        Ok(DiskLock { file, path: self.path.clone(), readonly: self.readonly })
     }
 
     /// A disk of `sectors` sectors on any file, not locked.
@@ -284,6 +301,42 @@ impl Disk {
     }
 }
 
+/// The lock of a disk.
+#[derive(Debug)]
+pub struct DiskLock {
+    file: File,
+    path: PathBuf,
+    readonly: bool,
+}
+
+impl DiskLock {
+    /// Locks the disk, if it is not locked already.
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`], if somebody else has it.
+    pub fn take(&self) -> Result<(), DiskError> {
+        let lock = if self.readonly { self.file.try_lock_shared() } else { self.file.try_lock() };
+        lock.map_err(|error| match error {
+            TryLockError::WouldBlock => {
+                DiskError::Locked { path: self.path.clone(), readonly: self.readonly }
+            }
+            TryLockError::Error(source) => DiskError::Io { action: "lock", path: self.path.clone(), source },
+        })
+    }
+
+    /// Leaves the disk to somebody else.
+    ///
+    /// # Errors
+    /// What flock(2) says.
+    pub fn give(&self) -> Result<(), DiskError> {
+        self.file.unlock().map_err(|source| DiskError::Io {
+            action: "unlock",
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -373,6 +426,26 @@ mod tests {
         let _reader = open(file.path(), true).unwrap();
         let _another = open(file.path(), true).unwrap();
         assert!(matches!(open(file.path(), false), Err(DiskError::Locked { .. })));
+    }
+
+    #[test]
+    fn a_lock_changes_hands() {
+        let file = image(4096);
+        let config = DiskConfig { path: file.path().to_owned(), readonly: false };
+        let (here, there) = (Disk::open(&config).unwrap(), Disk::open_as_it_is(&config).unwrap());
+        let [ours, theirs] = [&here, &there].map(|disk| disk.lock().unwrap());
+        let is_locked = || matches!(Disk::open(&config), Err(DiskError::Locked { .. }));
+        assert!(matches!(theirs.take(), Err(DiskError::Locked { .. })));
+        // Whoever has it may take it again.
+        ours.take().unwrap();
+        assert!(is_locked());
+        ours.give().unwrap();
+        theirs.take().unwrap();
+        assert!(is_locked() && matches!(ours.take(), Err(DiskError::Locked { .. })));
+        theirs.give().unwrap();
+        ours.take().unwrap();
+        drop((here, ours));
+        assert!(!is_locked());
     }
 
     #[test]
