@@ -152,6 +152,14 @@ fn bodies(operation: &str) -> Vec<(Value, bool)> {
             (json!({ "track": 1 }), false),
             (json!({ "trick": "kvm-manual" }), false),
         ],
+        "snapshot" => vec![(json!({ "path": 1 }), false), (json!({}), false)],
+        "migrate" => vec![
+            (json!({ "to": "unix:/nowhere/at/all", "compress": "lz4", "connections": 2 }), true),
+            (json!({ "to": "tcp:localhost:1", "tls_dir": "/nowhere/at/all" }), true),
+            (json!({ "to": 1 }), false),
+            (json!({ "to": "unix:/nowhere/at/all", "connections": 0 }), false),
+            (json!({ "connections": 1 }), false),
+        ],
         "dump" => vec![
             (json!({ "epochs": 2, "interval_ms": 5 }), true),
             (json!({ "epochs": 1, "interval_ms": 5, "pages": true, "full": true, "compress": "lz4" }), true),
