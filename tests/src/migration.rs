@@ -357,7 +357,7 @@ impl Proxy {
                 for ((from, to), forth) in ends.into_iter().zip([true, false]) {
                     let shared = Arc::clone(&theirs);
                     thread::spawn(move || {
-                        Way { from, to, lane, shared, inside: Inside::default() }.pump(forth)
+                        Way { from, to, lane, shared, inside: Inside::default() }.pump(forth);
                     });
                 }
             }
