@@ -21,7 +21,7 @@ pub fn with_vmm(payload: Payload) -> Result<Payload, cargo::Error> {
 }
 
 /// The integration tests that need KVM and nothing else, so that they run on this machine and in the rig alike.
-pub const HARNESSES: [&str; 5] = ["e2e", "cli", "kvm", "conformance", "snapshot"];
+pub const HARNESSES: [&str; 4] = ["e2e", "cli", "kvm", "conformance"];
 
 /// What runs on EPT, where the emulator is ten times slower again: each way of tracking under the conformance suite, and
 /// those of the end-to-end tests that are about how KVM maps memory.

@@ -152,7 +152,6 @@ fn bodies(operation: &str) -> Vec<(Value, bool)> {
             (json!({ "track": 1 }), false),
             (json!({ "trick": "kvm-manual" }), false),
         ],
-        "snapshot" => vec![(json!({ "path": 1 }), false), (json!({}), false)],
         "migrate" => vec![
             (json!({ "to": "unix:/nowhere/at/all", "compress": "lz4", "connections": 2 }), true),
             (json!({ "to": "tcp:localhost:1", "tls_dir": "/nowhere/at/all" }), true),

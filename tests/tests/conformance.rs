@@ -58,7 +58,7 @@ const RING_ENTRIES: u32 = 1024;
 fn run(case: &Case, track: &TrackConfig, plan: &Plan) -> Result<Report, Box<dyn std::error::Error>> {
     let kind = track.kind.expect("the tracker is named");
     let fault = if kind == Kind::UffdServe { Faults::Uffd } else { Faults::Kernel };
-    let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared, fault };
+    let memory = MemoryConfig { size: MEMORY, huge: case.huge, shared: case.shared, fault, prealloc: false };
     let cmdline = format!("{} passes=0 verify=on", case.cmdline);
     let mut config = config(&cmdline, case.cpus, memory);
     config.dirty_ring = (kind == Kind::KvmRing).then_some(RING_ENTRIES);

@@ -204,7 +204,8 @@ fn a_guest_that_was_given_away_in_doubt_runs_once() {
     let test = "a_guest_that_was_given_away_in_doubt_runs_once";
     // Whether the destination got it.
     type Gets = bool;
-    let cases: [(Step, fn(u32) -> Fault, Gets); 7] = [
+    type Case = (Step, fn(u32) -> Fault, Gets);
+    let cases: [Case; 7] = [
         (Step::Ready, Fault::KillBefore, false),
         (Step::Go, |_| Fault::Cut, false),
         (Step::Go, |_| Fault::Halve, false),
@@ -358,7 +359,7 @@ impl Stranger {
     }
 
     /// Holds against the destination that it refuses, with these words.
-    fn is_refused(mut self, words: &str) {
+    fn expect_refused(mut self, words: &str) {
         let said = self.hears().unwrap_or_default();
         assert_eq!(said["note"], "refused", "{words}: {said}");
         assert!(said["why"].as_str().unwrap_or_default().contains(words), "{words}: {said}");
@@ -419,10 +420,11 @@ fn strangers_bring_nothing() {
         assert_eq!(stranger.hears(), None, "{bytes:?}");
     }
     let says = |note: &Value| Stranger::at(&destination).says(note);
-    says(&hello(|hello| hello["version"] = json!([2, 0]))).is_refused("version 2");
-    says(&hello(|hello| hello["lanes"] = json!(0))).is_refused("0 connections");
-    says(&hello(|hello| hello["lanes"] = json!(1000))).is_refused("1000 connections");
-    says(&hello(|hello| (hello["lane"], hello["lanes"]) = (json!(1), json!(2)))).is_refused("out of order");
+    says(&hello(|hello| hello["version"] = json!([2, 0]))).expect_refused("version 2");
+    says(&hello(|hello| hello["lanes"] = json!(0))).expect_refused("0 connections");
+    says(&hello(|hello| hello["lanes"] = json!(1000))).expect_refused("1000 connections");
+    says(&hello(|hello| (hello["lane"], hello["lanes"]) = (json!(1), json!(2))))
+        .expect_refused("out of order");
     for odd in [
         json!({ "note": "go" }),
         hello(|hello| hello["shape"]["cpus"] = json!(256)),
@@ -434,7 +436,7 @@ fn strangers_bring_nothing() {
     // Connections of two migrations, and then of one that is another.
     let first = says(&hello(|hello| hello["lanes"] = json!(2)));
     says(&hello(|hello| (hello["lane"], hello["id"]) = (json!(1), json!("1".repeat(32)))))
-        .is_refused("another migration");
+        .expect_refused("another migration");
     drop(first);
     assert!(!destination.stderr().contains("panicked"), "{}", destination.stderr());
     drop(destination);
@@ -452,7 +454,7 @@ fn strangers_bring_nothing() {
         ),
     ] {
         let mut destination = Monitor::waiting(&[]);
-        Stranger::at(&destination).says(&note).is_refused(words);
+        Stranger::at(&destination).says(&note).expect_refused(words);
         assert_eq!(destination.wait(), Some(1), "{note}");
         let said = destination.stderr();
         assert!(said.contains(words) && !said.contains("panicked"), "{note}: {said}");
@@ -460,7 +462,8 @@ fn strangers_bring_nothing() {
     // Logs of something else, or of less than a machine.
     let whole = 64 << 20 >> 12;
     type Log<'a> = LogWriter<&'a UnixStream>;
-    let logs: [(Header, fn(&mut Log<'_>), &str); 5] = [
+    type Case<'a> = (Header, fn(&mut Log<'_>), &'a str);
+    let logs: [Case<'_>; 5] = [
         (header(whole / 2), |_| {}, "another memory"),
         (Header { contents: false, ..header(whole) }, |_| {}, "another migration"),
         (Header { id: StreamId(8), ..header(whole) }, |_| {}, "another migration"),
@@ -475,7 +478,7 @@ fn strangers_bring_nothing() {
         write(&mut log);
         // It may have heard enough.
         let _ = log.finish();
-        stranger.is_refused(words);
+        stranger.expect_refused(words);
         assert_gave_up(destination, words);
     }
     // Contents that are outside of memory, in a log that says that they are in it.
@@ -485,7 +488,12 @@ fn strangers_bring_nothing() {
     let mut log = LogWriter::new(Vec::new(), header(1 << 40), Compression::None).unwrap();
     let mut epoch = log.epoch(0, 0).unwrap();
     let range = PageRange { start: Gfn(whole + 5), pages: 1 };
-    epoch.pages(range, |_, to| Ok(to.fill(0x55))).unwrap();
+    epoch
+        .pages(range, |_, to| {
+            to.fill(0x55);
+            Ok(())
+        })
+        .unwrap();
     epoch.finish().unwrap();
     let bytes = log.finish().unwrap().0;
     // The head of the header says how long that is; the records behind it are the other log's.
@@ -494,7 +502,7 @@ fn strangers_bring_nothing() {
     let honest = LogWriter::new(Vec::new(), header(whole), Compression::None).unwrap().finish().unwrap().0;
     let forged = [&honest[..behind(&honest)], &bytes[behind(&bytes)..]].concat();
     let _ = stranger.0.write_all(&forged);
-    stranger.is_refused("");
+    stranger.expect_refused("");
     assert_gave_up(destination, "outside of memory");
 }
 
