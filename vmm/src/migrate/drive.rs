@@ -192,12 +192,20 @@ impl Drive<'_> {
         Ok(())
     }
 
+    /// The guest is given away, and by `error` nobody here knows what has become of it.
     fn in_doubt(&mut self, error: &dyn std::error::Error) {
+        let what = match self.report.phase {
+            Phase::Postcopy => {
+                "after the guest ran there: what it did since is not here, and what it wrote to its disks stays. \
+                 Resuming it here takes it back to when it was given away"
+            }
+            _ => {
+                "after the guest was given away: it may be running there. If it is not, resuming it here is safe: here \
+                 it is as it was when it was given away"
+            }
+        };
         self.report.phase = Phase::InDoubt;
-        self.report.error = Some(format!(
-            "{error}, after the guest was given away: it may be running there. If it is not, resuming it here is \
-             safe: here it is as it was when it was given away"
-        ));
+        self.report.error = Some(format!("{error}, {what}"));
     }
 }
 
