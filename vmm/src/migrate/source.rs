@@ -187,27 +187,27 @@ impl Copying {
         let send = |lane: u64, log: &mut LogWriter<Lane>| -> Result<(u64, u64), WriteError> {
             let first = log.out().sent();
             let mut epoch = log.epoch(at_ns, 0)?;
-            let parts =
-                spans.iter().flat_map(|span| blocks(span.range).map(move |range| (range, span.flags)));
-            for (range, flags) in parts {
-                // A page always takes the same way, so what is sent later arrives later.
-                if range.start.block() % count == lane {
-                    epoch.ranges([Span { range, flags }])?;
-                    match shadow {
-                        Some(shadow) if flags & flags::COARSE != 0 => {
-                            remembered(&mut epoch, range, ram, shadow)?;
-                        }
-                        shadow => {
-                            contents(&mut epoch, range, ram, compress)?;
-                            // It is not what was recorded.
-                            let mut shadow = shadow.map(lock);
-                            shadow
-                                .iter_mut()
-                                .for_each(|shadow| range.iter().for_each(|gfn| shadow.forget(gfn)));
-                        }
+            // A page always takes the same way, so what is sent later arrives later.
+            let parts = || {
+                let parts = spans
+                    .iter()
+                    .flat_map(|&Span { range, flags }| blocks(range).map(move |range| Span { range, flags }));
+                parts.filter(|span| span.range.start.block() % count == lane)
+            };
+            epoch.ranges(parts())?;
+            for Span { range, flags } in parts() {
+                match shadow {
+                    Some(shadow) if flags & flags::COARSE != 0 => {
+                        remembered(&mut epoch, range, ram, shadow)?;
                     }
-                    pace.keep(began, epoch.out().sent() - first)?;
+                    shadow => {
+                        contents(&mut epoch, range, ram, compress)?;
+                        // It is not what was recorded.
+                        let mut shadow = shadow.map(lock);
+                        shadow.iter_mut().for_each(|shadow| range.iter().for_each(|gfn| shadow.forget(gfn)));
+                    }
                 }
+                pace.keep(began, epoch.out().sent() - first)?;
             }
             let end = epoch.finish()?;
             log.flush()?;
