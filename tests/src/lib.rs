@@ -10,6 +10,7 @@ pub mod hugetlb;
 pub mod initramfs;
 pub mod kernel;
 pub mod migration;
+pub mod monitor;
 pub mod peer;
 pub mod recipe;
 pub mod rig;

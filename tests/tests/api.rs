@@ -2,125 +2,21 @@
 //! clients, and a monitor that dies.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use jsonschema::Validator;
 use serde_json::{Value, json};
 use tests::conformance::wait_until;
-use tests::{cargo, skip};
+use tests::monitor::{Monitor, skipped, text, vmm};
 
-fn vmm() -> Command {
-    let mut command = Command::new(cargo::vmm_binary().unwrap());
-    command.stdin(Stdio::null());
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// A monitor with a control socket.
-struct Monitor {
-    child: Child,
-    directory: tempfile::TempDir,
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        // One that has ended is fine.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Monitor {
-    /// Starts one; none if this host has no KVM.
-    fn start(test: &str, args: &[&str]) -> Option<Monitor> {
-        if let Err(error) = vmm::machine::open_kvm() {
-            skip::skip(test, &error.to_string());
-            return None;
-        }
-        let directory = tempfile::tempdir().unwrap();
-        let log = fs::File::create(directory.path().join("stderr")).unwrap();
-        let child = vmm()
-            .args([
-                "run",
-                "--quiet",
-                "--memory",
-                "size=64M",
-                "--duration",
-                "0",
-                "--epoch",
-                "50ms",
-                "--api-socket",
-            ])
-            .arg(directory.path().join("api"))
-            .args(["--cmdline", "workload=mixed region=48M quiet=on"])
-            .args(args)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let monitor = Monitor { child, directory };
-        wait_until("an epoch has ended", || {
-            monitor.socket().exists() && !monitor.get("/dirty").1["last"].is_null()
-        });
-        Some(monitor)
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory.path().join("api")
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    /// Sends `request`, and reads to the end.
-    fn raw(&self, request: &[u8]) -> Vec<u8> {
-        let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(tests::conformance::PATIENCE)).unwrap();
-        // A server that has heard enough closes its side.
-        let _ = stream.write_all(request);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        answer
-    }
-
-    /// Status, body and content type.
-    fn call(&self, method: &str, target: &str, body: &[u8]) -> (u16, Vec<u8>, String) {
-        let mut request = format!(
-            "{method} {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
-            body.len()
-        )
-        .into_bytes();
-        request.extend_from_slice(body);
-        let answer = self.raw(&request);
-        let end = answer.windows(4).position(|four| four == b"\r\n\r\n").expect("a head");
-        let head = text(&answer[..end]).to_lowercase();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        let kind = head.lines().find_map(|line| line.strip_prefix("content-type: ")).unwrap_or_default();
-        (status, answer[end + 4..].to_vec(), kind.to_owned())
-    }
-
-    fn json(&self, method: &str, target: &str, body: &Value) -> (u16, Value) {
-        let body = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
-        let (status, answer, _) = self.call(method, target, &body);
-        (status, serde_json::from_slice(&answer).unwrap_or_default())
-    }
-
-    fn get(&self, target: &str) -> (u16, Value) {
-        self.json("GET", target, &Value::Null)
-    }
-
-    /// `vmm dirty` with `args`.
-    fn dirty(&self, args: &[&str]) -> Output {
-        vmm().arg("dirty").arg("--api-socket").arg(self.socket()).args(args).output().unwrap()
-    }
+/// A monitor whose machine writes; none if this host has no KVM.
+fn start(test: &str, args: &[&str]) -> Option<Monitor> {
+    let all = ["run", "--memory", "size=64M", "--cmdline", "workload=mixed region=48M quiet=on"];
+    (!skipped(test)).then(|| Monitor::observing(&[&all, args].concat()))
 }
 
 fn log(args: &[&str], path: &Path) -> Output {
@@ -185,15 +81,15 @@ fn bodies(operation: &str) -> Vec<(Value, bool)> {
 
 #[test]
 fn the_server_does_what_its_description_says() {
-    let Some(monitor) = Monitor::start("the_server_does_what_its_description_says", &[]) else { return };
-    let (status, api) = monitor.get("/openapi.json");
+    let Some(monitor) = start("the_server_does_what_its_description_says", &[]) else { return };
+    let (status, api) = monitor.call("GET", "/openapi.json", &Value::Null);
     assert_eq!(status, 200);
     let paths = api["paths"].as_object().unwrap();
     assert!(paths.len() >= 11);
     for (path, methods) in paths {
         for method in ["get", "put", "post", "delete"] {
             let Some(operation) = methods.get(method) else {
-                let (status, body) = monitor.json(&method.to_uppercase(), path, &Value::Null);
+                let (status, body) = monitor.call(&method.to_uppercase(), path, &Value::Null);
                 assert_eq!(status, 405, "{method} {path} is not described: {body}");
                 continue;
             };
@@ -212,7 +108,7 @@ fn the_server_does_what_its_description_says() {
                     );
                 }
                 let body = if request.is_null() { Vec::new() } else { request.to_string().into_bytes() };
-                let (status, answer, kind) = monitor.call(&method.to_uppercase(), path, &body);
+                let (status, answer, kind) = monitor.request(&method.to_uppercase(), path, &body);
                 let shown = format!("{context}: {status} {}", text(&answer[..answer.len().min(300)]));
                 let described = &operation["responses"][status.to_string()];
                 assert!(described.is_object(), "not described: {shown}");
@@ -236,49 +132,49 @@ fn the_server_does_what_its_description_says() {
     if let Some(Value::String(place)) = bodies("snapshot").first().map(|(body, _)| &body["path"]) {
         fs::remove_dir_all(place).unwrap();
     }
-    let (status, _) = monitor.json("PUT", "/vm/shutdown", &Value::Null);
+    let (status, _) = monitor.call("PUT", "/vm/shutdown", &Value::Null);
     assert_eq!(status, 204);
 }
 
 #[test]
 fn what_the_machine_is_told_it_does() {
-    let Some(mut monitor) = Monitor::start("what_the_machine_is_told_it_does", &[]) else { return };
-    assert_eq!(monitor.get("/vm").1["state"], "running");
+    let Some(mut monitor) = start("what_the_machine_is_told_it_does", &[]) else { return };
+    assert_eq!(monitor.get("/vm")["state"], "running");
     for _ in 0..2 {
-        assert_eq!(monitor.json("PUT", "/vm/pause", &Value::Null).0, 204);
-        assert_eq!(monitor.get("/vm").1["state"], "paused");
+        assert_eq!(monitor.call("PUT", "/vm/pause", &Value::Null).0, 204);
+        assert_eq!(monitor.get("/vm")["state"], "paused");
     }
     // What was written before is reported by the first epoch that ends after it.
-    let after = |epoch: &Value| monitor.get(&format!("/dirty?after={epoch}")).1["last"].clone();
-    let still = after(&after(&monitor.get("/dirty").1["last"]["epoch"])["epoch"]);
+    let after = |epoch: &Value| monitor.get(&format!("/dirty?after={epoch}"))["last"].clone();
+    let still = after(&after(&monitor.get("/dirty")["last"]["epoch"])["epoch"]);
     // But for what the monitor tells the guest of epochs.
     let still = after(&still["epoch"]);
     assert_eq!(still["dirty_pages"], still["host_pages"], "{still}");
-    assert_eq!(monitor.json("PUT", "/vm/resume", &Value::Null).0, 204);
-    wait_until("the guest writes again", || monitor.get("/dirty").1["last"]["dirty_pages"] != 0);
+    assert_eq!(monitor.call("PUT", "/vm/resume", &Value::Null).0, 204);
+    wait_until("the guest writes again", || monitor.get("/dirty")["last"]["dirty_pages"] != 0);
 
-    let ranges = monitor.get("/dirty/ranges").1;
+    let ranges = monitor.get("/dirty/ranges");
     let gpas: Vec<_> =
         ranges["ranges"].as_array().unwrap().iter().map(|range| range["gpa"].as_u64()).collect();
     assert!(!gpas.is_empty() && gpas.is_sorted());
     let track = json!({ "track": "kvm-bitmap", "epoch": "30ms" });
-    assert_eq!(monitor.json("PUT", "/dirty/tracker", &track).0, 204);
-    wait_until("it has an epoch", || monitor.get("/dirty").1["totals"]["epochs"].as_u64() > Some(2));
-    let dirty = monitor.get("/dirty").1;
+    assert_eq!(monitor.call("PUT", "/dirty/tracker", &track).0, 204);
+    wait_until("it has an epoch", || monitor.get("/dirty")["totals"]["epochs"].as_u64() > Some(2));
+    let dirty = monitor.get("/dirty");
     assert_eq!((&dirty["tracker"], &dirty["epoch_s"]), (&json!("kvm-bitmap"), &json!(0.03)));
     assert_eq!(dirty["totals"]["missed"], 0);
     // A machine without rings: it says so, and tracks nothing until it is told to.
-    let (status, problem) = monitor.json("PUT", "/dirty/tracker", &json!({ "track": "kvm-ring" }));
+    let (status, problem) = monitor.call("PUT", "/dirty/tracker", &json!({ "track": "kvm-ring" }));
     assert!(status == 409 && problem["error"].is_string(), "{problem}");
-    assert_eq!(monitor.get("/dirty").1["armed"], false);
-    assert_eq!(monitor.json("DELETE", "/dirty/tracker", &Value::Null).0, 204);
-    assert_eq!(monitor.get("/dirty").1["armed"], false);
-    assert_eq!(monitor.json("POST", "/dirty/dump", &json!({})).0, 409);
-    assert_eq!(monitor.json("PUT", "/dirty/tracker", &json!({})).0, 204);
+    assert_eq!(monitor.get("/dirty")["armed"], false);
+    assert_eq!(monitor.call("DELETE", "/dirty/tracker", &Value::Null).0, 204);
+    assert_eq!(monitor.get("/dirty")["armed"], false);
+    assert_eq!(monitor.call("POST", "/dirty/dump", &json!({})).0, 409);
+    assert_eq!(monitor.call("PUT", "/dirty/tracker", &json!({})).0, 204);
     let rate = monitor.dirty(&["rate"]);
     assert!(rate.status.success(), "{}", text(&rate.stderr));
-    assert_eq!(monitor.json("PUT", "/vm/shutdown", &Value::Null).0, 204);
-    assert_eq!(monitor.child.wait().unwrap().code(), Some(0));
+    assert_eq!(monitor.call("PUT", "/vm/shutdown", &Value::Null).0, 204);
+    assert_eq!(monitor.process().wait().unwrap().code(), Some(0));
     assert!(!monitor.socket().exists());
     let gone = monitor.dirty(&["rate"]);
     assert_eq!(gone.status.code(), Some(1));
@@ -287,17 +183,17 @@ fn what_the_machine_is_told_it_does() {
 
 #[test]
 fn bad_requests_are_told_and_hold_nobody_up() {
-    let Some(monitor) = Monitor::start("bad_requests_are_told_and_hold_nobody_up", &[]) else { return };
-    assert_eq!(monitor.call("PUT", "/vm/console", b"{\"text\":").0, 400);
-    assert_eq!(monitor.call("PUT", "/vm/console", &[b' '; 100 << 10]).0, 413);
-    assert_eq!(monitor.call("PUT", "/dirty/tracker", b"{\"track\":\"magic\"}").0, 400);
-    assert_eq!(monitor.call("PUT", "/dirty/tracker", b"{\"epoch\":\"1ns\"}").0, 400);
-    assert_eq!(monitor.call("PUT", "/dirty/tracker", b"{\"track\":\"uffd-serve\"}").0, 400);
-    assert_eq!(monitor.call("GET", "/dirty?after=x", b"").0, 400);
-    assert_eq!(monitor.call("GET", "/etc/passwd", b"").0, 404);
-    let (status, body) = monitor.json("POST", "/dirty/dump", &json!({ "path": "/nowhere/at/all" }));
+    let Some(monitor) = start("bad_requests_are_told_and_hold_nobody_up", &[]) else { return };
+    assert_eq!(monitor.request("PUT", "/vm/console", b"{\"text\":").0, 400);
+    assert_eq!(monitor.request("PUT", "/vm/console", &[b' '; 100 << 10]).0, 413);
+    assert_eq!(monitor.request("PUT", "/dirty/tracker", b"{\"track\":\"magic\"}").0, 400);
+    assert_eq!(monitor.request("PUT", "/dirty/tracker", b"{\"epoch\":\"1ns\"}").0, 400);
+    assert_eq!(monitor.request("PUT", "/dirty/tracker", b"{\"track\":\"uffd-serve\"}").0, 400);
+    assert_eq!(monitor.request("GET", "/dirty?after=x", b"").0, 400);
+    assert_eq!(monitor.request("GET", "/etc/passwd", b"").0, 404);
+    let (status, body) = monitor.call("POST", "/dirty/dump", &json!({ "path": "/nowhere/at/all" }));
     assert!(status == 400 && body["error"].as_str().unwrap().contains("/nowhere/at/all"), "{body}");
-    assert_eq!(monitor.json("POST", "/dirty/dump", &json!({ "full": true })).0, 400);
+    assert_eq!(monitor.call("POST", "/dirty/dump", &json!({ "full": true })).0, 400);
     // Not HTTP, and too long a head.
     assert!(text(&monitor.raw(b"\x16\x03\x01 hello\r\n\r\n")).starts_with("HTTP/1.1 400"));
     let long = format!("GET /vm HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(1 << 20));
@@ -311,30 +207,34 @@ fn bad_requests_are_told_and_hold_nobody_up() {
             stream
         })
         .collect();
-    assert_eq!(monitor.get("/vm").0, 200);
+    assert_eq!(monitor.call("GET", "/vm", &Value::Null).0, 200);
     // One that reads nothing of a dump holds up neither the machine nor who asks for something else.
     let mut lazy = UnixStream::connect(monitor.socket()).unwrap();
     let body = json!({ "pages": true, "full": true, "interval_ms": 10 }).to_string();
     let head = format!("POST /dirty/dump HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
     lazy.write_all((head + &body).as_bytes()).unwrap();
-    wait_until("the dump runs", || monitor.get("/dirty/dump").1["running"] == true);
+    wait_until("the dump runs", || monitor.get("/dirty/dump")["running"] == true);
     std::thread::sleep(Duration::from_millis(200));
     for _ in 0..3 {
         assert_eq!(
-            (monitor.get("/vm").0, monitor.get("/metrics").0, monitor.get("/dirty").0),
+            (
+                monitor.call("GET", "/vm", &Value::Null).0,
+                monitor.call("GET", "/metrics", &Value::Null).0,
+                monitor.call("GET", "/dirty", &Value::Null).0
+            ),
             (200, 200, 200)
         );
     }
-    assert_eq!(monitor.json("POST", "/dirty/dump", &json!({})).0, 409);
-    assert_eq!(monitor.json("PUT", "/dirty/tracker", &json!({})).0, 409);
-    let (status, dump) = monitor.json("DELETE", "/dirty/dump", &Value::Null);
+    assert_eq!(monitor.call("POST", "/dirty/dump", &json!({})).0, 409);
+    assert_eq!(monitor.call("PUT", "/dirty/tracker", &json!({})).0, 409);
+    let (status, dump) = monitor.call("DELETE", "/dirty/dump", &Value::Null);
     assert!(status == 200 && dump["running"] == false && dump["error"].is_string(), "{dump}");
     drop((lazy, slow));
 }
 
 #[test]
 fn dumps_are_whole_or_not_there() {
-    let Some(mut monitor) = Monitor::start("dumps_are_whole_or_not_there", &[]) else { return };
+    let Some(mut monitor) = start("dumps_are_whole_or_not_there", &[]) else { return };
     let (ranges, pages) = (monitor.file("ranges"), monitor.file("pages"));
     let output =
         monitor.dirty(&["dump", "--epochs", "4", "--interval", "20ms", "-o", ranges.to_str().unwrap()]);
@@ -398,10 +298,10 @@ fn dumps_are_whole_or_not_there() {
     // A monitor that is killed in the middle leaves no log that is none.
     let cut = monitor.file("cut");
     let body = json!({ "path": cut, "interval_ms": 5 });
-    assert_eq!(monitor.json("POST", "/dirty/dump", &body).0, 202);
-    wait_until("some of it is written", || monitor.get("/dirty/dump").1["epochs"].as_u64() > Some(2));
-    monitor.child.kill().unwrap();
-    monitor.child.wait().unwrap();
+    assert_eq!(monitor.call("POST", "/dirty/dump", &body).0, 202);
+    wait_until("some of it is written", || monitor.get("/dirty/dump")["epochs"].as_u64() > Some(2));
+    monitor.process().kill().unwrap();
+    monitor.process().wait().unwrap();
     assert!(!cut.exists());
     // Its socket is stale, and the next one takes it.
     assert!(monitor.socket().exists());
@@ -417,7 +317,7 @@ fn dumps_are_whole_or_not_there() {
 /// Ctrl-C ends a dump where an epoch ends.
 #[test]
 fn an_interrupted_dump_is_whole() {
-    let Some(monitor) = Monitor::start("an_interrupted_dump_is_whole", &[]) else { return };
+    let Some(monitor) = start("an_interrupted_dump_is_whole", &[]) else { return };
     for (name, to_file) in [("file", true), ("stream", false)] {
         let path = monitor.file(name);
         let mut command = vmm();
@@ -434,7 +334,7 @@ fn an_interrupted_dump_is_whole() {
         }
         let mut child = command.stderr(Stdio::null()).spawn().unwrap();
         wait_until("some of it is written", || {
-            let status = monitor.get("/dirty/dump").1;
+            let status = monitor.get("/dirty/dump");
             status["running"] == true && status["epochs"].as_u64() > Some(2)
         });
         tests::sys::signal(&child, libc::SIGINT).unwrap();

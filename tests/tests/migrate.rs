@@ -13,8 +13,9 @@ use dirty_track::log::{Compression, Header, LogWriter, SlotInfo, StreamId};
 use dirty_track::tracker::Guarantees;
 use serde_json::{Value, json};
 use tests::conformance::{PATIENCE, wait_until};
-use tests::migration::{Fault, Monitor, Proxy, Step, ended, free_tcp};
-use tests::{skip, sys};
+use tests::migration::{Fault, Proxy, Step, free_tcp};
+use tests::monitor::{Monitor, ended, skipped};
+use tests::sys;
 
 /// A guest that writes as fast as it can.
 const CMDLINE: &str = "workload=mixed region=48M verify=on quiet=on passes=0";
@@ -24,20 +25,13 @@ const PATIENT: &[&str] = &["--auto-converge", "--downtime", "300ms"];
 
 /// Starts a source; none if this host has no KVM.
 fn source(test: &str, cmdline: &str) -> Option<Monitor> {
-    if let Err(error) = vmm::machine::open_kvm() {
-        skip::skip(test, &error.to_string());
-        return None;
-    }
-    let source = Monitor::start(&["--memory", "size=64M", "--cpus", "2", "--cmdline", cmdline]);
-    wait_until("it serves", || source.socket().exists());
-    wait_until("it has epochs", || !source.get("/dirty")["last"].is_null());
-    Some(source)
+    let args = ["run", "--memory", "size=64M", "--cpus", "2", "--cmdline", cmdline];
+    (!skipped(test)).then(|| Monitor::observing(&args))
 }
 
 /// Holds against a guest that came that it runs.
-fn assert_came(destination: &Monitor, context: &str) {
-    wait_until("it serves", || destination.socket().exists());
-    wait_until("it has epochs", || !destination.get("/dirty")["last"].is_null());
+fn assert_came(destination: &mut Monitor, context: &str) {
+    destination.wait_for_epochs();
     destination.assert_runs(context);
 }
 
@@ -88,7 +82,7 @@ fn a_guest_goes_there_and_back_again() {
         let seen = (&end["end"], &end["missed"], &end["stray"]);
         assert_eq!(seen, (&json!("migrated"), &json!(0), &json!(0)), "{context}: {end}");
         here = there;
-        assert_came(&here, &context);
+        assert_came(&mut here, &context);
     }
     here.end_well("after all of them");
 }
@@ -192,12 +186,12 @@ fn a_source_that_is_killed_leaves_at_most_one_guest() {
         let Some(mut source) = source("a_source_that_is_killed_leaves_at_most_one_guest", CMDLINE) else {
             return;
         };
-        let destination = Monitor::waiting(&[]);
+        let mut destination = Monitor::waiting(&[]);
         let proxy = Proxy::start(&destination.incoming(), Some((0, step, Fault::KillBefore(source.id()))));
         let (code, _) = source.migrated(&proxy.address(), PATIENT);
         assert_eq!((code, source.wait()), (Some(1), None), "{step:?}");
         if step == Step::Go {
-            assert_came(&destination, "it was given away");
+            assert_came(&mut destination, "it was given away");
             destination.end_well("it was given away");
         } else {
             assert_gave_up(destination, &format!("killed at {step:?}"));
@@ -237,7 +231,7 @@ fn a_guest_that_was_given_away_in_doubt_runs_once() {
         assert_eq!(source.call("DELETE", "/vm/migrate", &Value::Null).0, 409, "{context}");
         source.assert_stands_still(&context);
         if gets {
-            assert_came(&destination, &context);
+            assert_came(&mut destination, &context);
             source.assert_stands_still(&context);
             destination.end_well(&context);
         } else {
@@ -292,6 +286,83 @@ fn a_migration_that_is_cancelled_leaves_the_guest_where_it_is() {
         source.assert_runs("cancelled while it connects");
     }
     source.end_well("after all of them");
+}
+
+/// The destination asks for what it has not got while the guest runs there; a connection that breaks is made again.
+#[test]
+fn a_guest_that_writes_too_fast_is_asked_for_page_by_page() {
+    let test = "a_guest_that_writes_too_fast_is_asked_for_page_by_page";
+    let faults = [
+        None,
+        Some((0, Step::Request(5), Fault::Cut)),
+        Some((1, Step::Request(1), Fault::Halve)),
+        Some((0, Step::Answer(7), Fault::Halve)),
+        Some((1, Step::Answer(3), Fault::Cut)),
+        Some((2, Step::Request(0), Fault::Cut)),
+    ];
+    for fault in faults {
+        let Some(mut source) = source(test, CMDLINE) else { return };
+        let mut destination = Monitor::waiting(&["--memory", "size=64M,fault=uffd"]);
+        let proxy = Proxy::start(&destination.incoming(), fault);
+        let (code, report) = source.migrated(&proxy.address(), POSTCOPY);
+        let context = format!("{fault:?}: {report}");
+        assert_eq!((code, &report["phase"]), (Some(0), &json!("completed")), "{context}");
+        assert!(report["postcopy_pages"].as_u64() > Some(256), "{context}");
+        assert_eq!(proxy.has_fired(), fault.is_some(), "{context}");
+        assert_eq!(source.wait(), Some(0), "{context}");
+        assert_came(&mut destination, &context);
+        destination.end_well(&context);
+    }
+}
+
+/// More connections than these two, so that one is left when another breaks; too slow to converge.
+const POSTCOPY: &[&str] = &["--postcopy", "--connections", "3", "--bandwidth", "30M", "--downtime", "1ms"];
+
+/// What is only at a source that is gone nobody has: the guest waits for it, and gets nothing else instead.
+#[test]
+fn a_guest_whose_pages_are_lost_does_not_go_on_without_them() {
+    let test = "a_guest_whose_pages_are_lost_does_not_go_on_without_them";
+    let Some(mut source) = source(test, CMDLINE) else { return };
+    let mut destination = Monitor::waiting(&["--memory", "size=64M,fault=uffd"]);
+    let fault = (0, Step::Request(20), Fault::KillBefore(source.id()));
+    let proxy = Proxy::start(&destination.incoming(), Some(fault));
+    assert_eq!(source.migrated(&proxy.address(), POSTCOPY).0, Some(1));
+    assert_eq!(source.wait(), None);
+    wait_until("it serves", || destination.socket().exists());
+    wait_until("nobody runs", || {
+        let epochs = [destination.next_epoch(), destination.next_epoch()];
+        epochs.iter().all(|epoch| epoch["dirty_pages"] == epoch["host_pages"])
+    });
+    let totals = &destination.get("/dirty")["totals"];
+    assert_eq!((&totals["missed"], &totals["stray"]), (&json!(0), &json!(0)), "{totals}");
+    // It can be ended all the same.
+    destination.interrupt();
+    assert!(destination.wait().is_some());
+    assert!(!destination.stderr().contains("panicked"), "{}", destination.stderr());
+}
+
+/// vCPUs that write faster than can be sent are held back until they do not.
+#[test]
+fn a_guest_that_writes_too_fast_is_slowed_down() {
+    let Some(mut source) = source("a_guest_that_writes_too_fast_is_slowed_down", CMDLINE) else { return };
+    let mut destination = Monitor::waiting(&[]);
+    let to = format!("unix:{}", destination.incoming().display());
+    let args = ["--auto-converge", "--bandwidth", "60M", "--downtime", "100ms"];
+    let (code, report) = source.migrated(&to, &args);
+    assert_eq!((code, &report["phase"]), (Some(0), &json!("completed")), "{report}");
+    assert!(report["slowed_percent"].as_u64() > Some(0), "{report}");
+    assert_eq!(source.wait(), Some(0));
+    assert_came(&mut destination, "it was slowed down");
+    destination.end_well("it was slowed down");
+    // Who may not is told so, and the guest stays.
+    let Some(source) = self::source("a_guest_that_writes_too_fast_is_slowed_down", CMDLINE) else { return };
+    let destination = Monitor::waiting(&[]);
+    let to = format!("unix:{}", destination.incoming().display());
+    let (code, report) = source.migrated(&to, &["--bandwidth", "200M", "--downtime", "1us"]);
+    assert_eq!((code, &report["phase"]), (Some(1), &json!("failed")), "{report}");
+    assert!(report["error"].as_str().is_some_and(|error| error.contains("--auto-converge")), "{report}");
+    source.assert_runs("it would not converge");
+    source.end_well("it would not converge");
 }
 
 #[test]
@@ -412,8 +483,8 @@ fn header(pages: u64) -> Header {
 #[test]
 fn strangers_bring_nothing() {
     let test = "strangers_bring_nothing";
-    if let Err(error) = vmm::machine::open_kvm() {
-        return skip::skip(test, &error.to_string());
+    if skipped(test) {
+        return;
     }
     // Those after which it waits for another one.
     let destination = Monitor::waiting(&[]);
@@ -516,8 +587,8 @@ fn strangers_bring_nothing() {
 #[test]
 fn a_disk_goes_with_its_guest() {
     let test = "a_disk_goes_with_its_guest";
-    if let Err(error) = vmm::machine::open_kvm() {
-        return skip::skip(test, &error.to_string());
+    if skipped(test) {
+        return;
     }
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
@@ -527,12 +598,8 @@ fn a_disk_goes_with_its_guest() {
         let file = fs::File::open(&image).unwrap();
         file.try_lock().is_ok().then_some(file)
     };
-    let begin = || {
-        let source = Monitor::start(&["--memory", "size=64M", "--disk", &disk, "--cmdline", CMDLINE]);
-        wait_until("it serves", || source.socket().exists());
-        wait_until("it has epochs", || !source.get("/dirty")["last"].is_null());
-        source
-    };
+    let begin =
+        || Monitor::observing(&["run", "--memory", "size=64M", "--disk", &disk, "--cmdline", CMDLINE]);
     let mut here = begin();
     // There and back; the second time it is looked at while it is on its way.
     for args in [PATIENT, &["--bandwidth", "20M", "--downtime", "1s"]] {
@@ -546,16 +613,16 @@ fn a_disk_goes_with_its_guest() {
         assert_eq!(here.wait(), Some(0));
         assert!(third().is_none());
         here = there;
-        assert_came(&here, "with its disk");
+        assert_came(&mut here, "with its disk");
     }
     here.end_well("with its disk");
 
     // It runs there, so it cannot be had back here.
     let source = begin();
-    let there = Monitor::waiting(&["--disk", &disk]);
+    let mut there = Monitor::waiting(&["--disk", &disk]);
     let proxy = Proxy::start(&there.incoming(), Some((0, Step::Running, Fault::Cut)));
     assert_eq!(source.migrated(&proxy.address(), PATIENT).0, Some(5));
-    assert_came(&there, "with its disk");
+    assert_came(&mut there, "with its disk");
     let (status, problem) = source.call("PUT", "/vm/resume", &Value::Null);
     assert!(status == 409 && problem.to_string().contains("in use"), "{status} {problem}");
     source.assert_stands_still("its disk is elsewhere");

@@ -13,7 +13,8 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::Value;
 use tests::conformance::wait_until;
-use tests::migration::{Monitor, free_tcp};
+use tests::migration::free_tcp;
+use tests::monitor::Monitor;
 use tests::skip;
 
 /// Somebody who signs certificates.
@@ -78,7 +79,7 @@ fn just_the_right_certificates_move_a_guest() {
     ours.sign(&elsewhere, "server", "127.0.0.2", false);
 
     let cmdline = "workload=mixed region=48M verify=on quiet=on passes=0";
-    let source = Monitor::start(&["--memory", "size=64M", "--cpus", "2", "--cmdline", cmdline]);
+    let source = Monitor::start(&["run", "--memory", "size=64M", "--cpus", "2", "--cmdline", cmdline]);
     wait_until("it serves", || source.socket().exists());
     wait_until("it has epochs", || !source.get("/dirty")["last"].is_null());
     let address = free_tcp();

@@ -154,6 +154,96 @@ fn vmm_boots_a_stock_bzimage_of_an_older_kernel() {
     );
 }
 
+/// A guest's userland script: a program that writes and checks its memory until a line comes on the console.
+const BUSY_SCRIPT: &str = "\
+say() { echo guest $1 $2; }
+(while [ ! -e /stop ]; do
+    memstress --size 48M --pattern rand --passes 1 --verify >/dev/null || touch /failed
+    echo >>/passes
+done) &
+say writes yes
+read line </dev/ttyS0
+touch /stop
+wait
+[ -e /failed ] || say memory intact
+say passes $(wc -l </passes)";
+
+/// Three times: a dump, a full snapshot and five diffs of the guest, the end of its monitor without warning, another one
+/// that goes on from the last diff, and two migrations, there and back.
+const EVERYTHING: &str = "\
+fail() { echo host failed \"$1\"; tail -n 5 /tmp/*.err /tmp/*.out; exit 1; }
+begin() {
+    name=$1
+    shift
+    vmm \"$@\" --quiet --epoch 500ms --api-socket /tmp/$name.api </tmp/input >/tmp/$name.out 2>/tmp/$name.err &
+    pid=$!
+}
+until_there() {
+    count=0
+    until [ -S $1 ]; do
+        kill -0 $pid && [ $count -lt 600 ] || fail \"no $1\"
+        count=$((count + 1))
+        sleep 0.1
+    done
+}
+move() {
+    old=$name oldpid=$pid
+    begin $1 run --incoming unix:/tmp/$1.in
+    until_there /tmp/$1.in
+    vmm migrate --api-socket /tmp/$old.api --downtime 300ms --auto-converge unix:/tmp/$1.in || fail \"migration to $1\"
+    wait $oldpid || fail \"the end of $old\"
+    until_there /tmp/$1.api
+}
+mkfifo /tmp/input
+sleep 1000000 >/tmp/input &
+cat /images/initramfs /images/guest.cpio >/images/initrd
+begin first run --memory size=192M --cpus 2 --kernel /images/vmlinux --initrd /images/initrd \
+    --cmdline 'console=ttyS0 quiet panic=-1'
+until grep -q 'guest writes yes' /tmp/first.out; do
+    kill -0 $pid || fail 'the start'
+    sleep 0.2
+done
+for mode in lazy eager map; do
+    vmm dirty dump --api-socket /tmp/$name.api --pages --full --epochs 2 --interval 500ms -o /tmp/dump || fail dump
+    vmm log verify /tmp/dump || fail 'verification of the dump'
+    vmm snapshot --api-socket /tmp/$name.api /tmp/kept-0 || fail 'full snapshot'
+    for number in 1 2 3 4 5; do
+        vmm snapshot --api-socket /tmp/$name.api --diff /tmp/kept-$number || fail \"diff $number\"
+    done
+    vmm log verify /tmp/kept-5 || fail 'verification of the chain'
+    kill -9 $pid
+    wait $pid
+    begin restored-$mode restore /tmp/kept-5 --memory mode=$mode
+    until_there /tmp/$name.api
+    move there-$mode
+    move back-$mode
+    rm -rf /tmp/kept-* /tmp/dump
+    echo host round $mode
+done
+echo stop >/tmp/input
+wait $pid
+status=$?
+cat /tmp/$name.out
+exit $status";
+
+#[test]
+fn stock_linux_is_dumped_kept_restored_and_moved_again_and_again() {
+    let test = "stock_linux_is_dumped_kept_restored_and_moved_again_and_again";
+    let Some(store) = store_or_skip(test, "6.12") else { return };
+    let mut guest = Initramfs::new();
+    guest.file("/run.sh", 0o755, BUSY_SCRIPT.as_bytes());
+    let payload = e2e::with_vmm(Payload::default()).unwrap().with_script(EVERYTHING);
+    let payload = recipe::with_linux_guest(payload, &store, "6.12").unwrap();
+    let payload = payload.put_bytes("/images/guest.cpio", guest.finish());
+    let Outcome { status, console } = run(&store, &Host::default(), &payload);
+    for mode in ["lazy", "eager", "map"] {
+        assert!(console.contains(&format!("host round {mode}")), "{console}");
+    }
+    assert_eq!(value(&console, "guest", "memory"), Some("intact"), "{console}");
+    let passes: u64 = value(&console, "guest", "passes").unwrap_or("0").trim().parse().unwrap();
+    assert!(passes > 0 && status == 0, "{status} {console}");
+}
+
 /// The yardstick: QEMU's microvm, which shows that rig, kernel and initramfs are good.
 #[test]
 fn qemu_boots_stock_linux_on_two_cpus() {

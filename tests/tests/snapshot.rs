@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 
 use dirty_track::addr::{Gfn, PAGE_SIZE, PageRange};
@@ -12,114 +12,18 @@ use dirty_track::cow::{Cow, CowError, Wanted};
 use dirty_track::image::{ImageReader, ImageWriter};
 use dirty_track::log::StreamId;
 use serde_json::Value;
-use tests::conformance::{config, start, wait_until};
-use tests::{cargo, e2e, skip};
+use tests::conformance::{config, start};
+use tests::monitor::{Monitor, skipped, text, vmm};
+use tests::{e2e, skip};
 use vm_memory::{Bytes, GuestAddress};
-use vmm::machine::open_kvm;
 use vmm::memory::{HugePages, MemoryConfig, Ram};
 
 const MIB: u64 = 1 << 20;
 
-fn vmm() -> Command {
-    let mut command = Command::new(cargo::vmm_binary().unwrap());
-    command.stdin(Stdio::null());
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// True, and says so: this host has no KVM.
-fn skipped(test: &str) -> bool {
-    open_kvm().inspect_err(|error| skip::skip(test, &error.to_string())).is_err()
-}
-
-/// A monitor with a control socket.
-struct Monitor {
-    child: Child,
-    directory: PathBuf,
-    socket: PathBuf,
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        // One that has ended is fine.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Monitor {
-    /// Starts it, and waits until it has epochs.
-    fn start(directory: &Path, args: &[&str]) -> Monitor {
-        let mut monitor = Monitor::start_only(directory, args);
-        wait_until("it has epochs", || {
-            assert!(monitor.child.try_wait().unwrap().is_none(), "it has ended: {}", monitor.said());
-            let rate =
-                vmm().args(["dirty", "--api-socket"]).arg(&monitor.socket).args(["--json", "rate"]).output();
-            let rate: Value = serde_json::from_slice(&rate.unwrap().stdout).unwrap_or_default();
-            !rate["rate"].is_null()
-        });
-        monitor
-    }
-
-    fn start_only(directory: &Path, args: &[&str]) -> Monitor {
-        let socket = directory.join("api");
-        let child = vmm()
-            .args(args)
-            .args(["--json", "--epoch", "50ms", "--api-socket"])
-            .arg(&socket)
-            .stdout(File::create(directory.join("stdout")).unwrap())
-            .stderr(File::create(directory.join("stderr")).unwrap())
-            .spawn()
-            .unwrap();
-        Monitor { child, directory: directory.to_owned(), socket }
-    }
-
-    fn said(&self) -> String {
-        fs::read_to_string(self.directory.join("stderr")).unwrap()
-    }
-
-    fn snapshot(&self, path: &Path, more: &[&str]) -> Output {
-        self.snapshot_command(path, more).output().unwrap()
-    }
-
-    fn snapshot_command(&self, path: &Path, more: &[&str]) -> Command {
-        let mut command = vmm();
-        command.args(["snapshot", "--json", "--api-socket"]).arg(&self.socket).arg(path).args(more);
-        command
-    }
-
-    /// Takes one, and returns its report.
-    fn take(&self, path: &Path, more: &[&str]) -> Value {
-        let output = self.snapshot(path, more);
-        assert!(output.status.success(), "{}{}", text(&output.stderr), self.said());
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    /// Takes none, and returns why.
-    fn take_none(&self, path: &Path, more: &[&str]) -> String {
-        let output = self.snapshot(path, more);
-        assert!(!output.status.success());
-        text(&output.stderr)
-    }
-
-    /// Ends it, and holds what it says of its guest's memory against what it should.
-    fn end_well(mut self, context: &str) {
-        tests::sys::signal(&self.child, libc::SIGINT).unwrap();
-        let code = self.child.wait().unwrap().code();
-        let lines = fs::read_to_string(self.directory.join("stdout")).unwrap();
-        let end: Value = serde_json::from_str(lines.lines().last().unwrap_or_default()).unwrap_or_default();
-        let found = (code, &end["missed"], &end["stray"], &end["guest_status"]);
-        assert_eq!(found, (Some(0), &0.into(), &0.into(), &0.into()), "{context}: {end}\n{}", self.said());
-    }
-}
-
 const WORKLOAD: &str = "workload=mixed region=48M verify=on quiet=on passes=0";
 
-fn run_args(tracker: &str) -> [&str; 10] {
-    ["run", "--memory", "size=64M", "--cpus", "2", "--duration", "0", "--cmdline", WORKLOAD, tracker]
+fn run_args(tracker: &str) -> [&str; 8] {
+    ["run", "--memory", "size=64M", "--cpus", "2", "--cmdline", WORKLOAD, tracker]
 }
 
 /// Whether this process may use userfaultfd as snapshots need it.
@@ -138,7 +42,7 @@ fn a_guest_goes_on_from_its_snapshot_again_and_again() {
     }
     let home = tempfile::tempdir().unwrap();
     let place = |life: usize| home.path().join(format!("snapshot{life}"));
-    let mut monitor = Monitor::start(home.path(), &run_args("--track=auto"));
+    let mut monitor = Monitor::observing(&run_args("--track=auto"));
     for life in 0..4 {
         let report = monitor.take(&place(life), &[]);
         assert_eq!((&report["pages"], &report["parent"]), (&(64 * MIB / PAGE_SIZE).into(), &Value::Null));
@@ -147,7 +51,7 @@ fn a_guest_goes_on_from_its_snapshot_again_and_again() {
         monitor.end_well(&format!("life {life}"));
         let mode = modes()[life % modes().len()];
         let (path, context) = (place(life), format!("restored from life {life}, {mode}"));
-        monitor = Monitor::start(home.path(), &["restore", path.to_str().unwrap(), "--memory", mode]);
+        monitor = Monitor::observing(&["restore", path.to_str().unwrap(), "--memory", mode]);
         println!("{context}");
     }
     monitor.end_well("the last life");
@@ -167,7 +71,7 @@ fn a_chain_of_diffs_is_the_guest_at_each_of_them() {
         }
         let home = tempfile::tempdir().unwrap();
         let place = |number: usize| home.path().join(format!("{number}"));
-        let monitor = Monitor::start(home.path(), &run_args(tracker));
+        let monitor = Monitor::observing(&run_args(tracker));
         assert!(monitor.take_none(&place(0), &["--diff"]).contains("take a full snapshot first"));
         assert!(!place(0).exists());
         let full = monitor.take(&place(0), &[]);
@@ -190,7 +94,7 @@ fn a_chain_of_diffs_is_the_guest_at_each_of_them() {
             for mode in modes() {
                 let context = format!("{tracker}: {number}, {mode}");
                 let path = path.to_str().unwrap();
-                let monitor = Monitor::start(home.path(), &["restore", path, "--memory", mode]);
+                let monitor = Monitor::observing(&["restore", path, "--memory", mode]);
                 monitor.end_well(&context);
             }
         }
@@ -206,12 +110,12 @@ fn a_restored_guest_goes_on_with_the_chain() {
     for mode in modes() {
         let home = tempfile::tempdir().unwrap();
         let place = |number: usize| home.path().join(format!("{number}"));
-        let mut monitor = Monitor::start(home.path(), &run_args("--track=auto"));
+        let mut monitor = Monitor::observing(&run_args("--track=auto"));
         let mut parent = monitor.take(&place(0), &[])["id"].clone();
         for number in 1..4 {
             monitor.end_well("before");
             let path = place(number - 1);
-            monitor = Monitor::start(home.path(), &["restore", path.to_str().unwrap(), "--memory", mode]);
+            monitor = Monitor::observing(&["restore", path.to_str().unwrap(), "--memory", mode]);
             let diff = monitor.take(&place(number), &["--diff"]);
             assert_eq!(diff["parent"], parent, "{mode}");
             parent = diff["id"].clone();
@@ -262,14 +166,14 @@ fn what_is_no_snapshot_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("snapshot");
     let cmdline = "workload=rand region=16M quiet=on passes=0";
-    let args = ["run", "--memory", "size=64M", "--duration", "0", "--cmdline", cmdline];
-    let monitor = Monitor::start(home.path(), &args);
+    let args = ["run", "--memory", "size=64M", "--cmdline", cmdline];
+    let monitor = Monitor::observing(&args);
     monitor.take(&path, &[]);
     // A dump is a log, too, and no directory.
     let dump = home.path().join("dump");
     let dumped = vmm()
         .args(["dirty", "--api-socket"])
-        .arg(&monitor.socket)
+        .arg(monitor.socket())
         .args(["dump", "--pages", "--full", "--epochs", "1", "-o"])
         .arg(&dump)
         .output()
@@ -320,8 +224,8 @@ fn a_page_that_is_wrong_is_never_the_guests() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("snapshot");
     let cmdline = "workload=seq region=32M quiet=on passes=0";
-    let args = ["run", "--memory", "size=64M", "--duration", "0", "--cmdline", cmdline];
-    let monitor = Monitor::start(home.path(), &args);
+    let args = ["run", "--memory", "size=64M", "--cmdline", cmdline];
+    let monitor = Monitor::observing(&args);
     monitor.take(&path, &[]);
     drop(monitor);
     let [memory, sums] = ["memory", "sums"].map(|name| path.join(name));
@@ -383,21 +287,16 @@ fn a_monitor_that_is_killed_leaves_a_whole_snapshot() {
     }
     let home = tempfile::tempdir().unwrap();
     let (full, diff) = (home.path().join("full"), home.path().join("diff"));
-    let monitor = Monitor::start(home.path(), &run_args("--track=auto"));
+    let monitor = Monitor::observing(&run_args("--track=auto"));
     let report = monitor.take(&full, &[]);
     let micros = (report["seconds"].as_f64().unwrap() * 1e6) as u64;
     drop(monitor);
     let moments = if e2e::in_rig() { 3 } else { 16 };
     for moment in 0..moments {
-        let monitor =
-            Monitor::start(home.path(), &["restore", full.to_str().unwrap(), "--memory", "mode=eager"]);
+        let monitor = Monitor::observing(&["restore", full.to_str().unwrap(), "--memory", "mode=eager"]);
         let (place, more): (_, &[&str]) = if moment % 4 == 3 { (&diff, &["--diff"]) } else { (&full, &[]) };
-        let mut client = monitor
-            .snapshot_command(place, more)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut client =
+            monitor.snapshot(place, more).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_micros(2000 + micros * 3 / 2 * moment / moments));
         drop(monitor);
         client.wait().unwrap();
@@ -414,7 +313,7 @@ fn a_monitor_that_is_killed_leaves_a_whole_snapshot() {
         assert!(left.len() <= 2, "what a killed monitor leaves is removed by the next: {left:?}");
     }
     let path = full.to_str().unwrap();
-    Monitor::start(home.path(), &["restore", path]).end_well("after all of that");
+    Monitor::observing(&["restore", path]).end_well("after all of that");
 }
 
 /// A disk that is full costs nothing but the snapshot: the next diff has what that would have had.
@@ -426,20 +325,20 @@ fn a_snapshot_that_fails_loses_nothing() {
     let home = tempfile::tempdir().unwrap();
     let place = |number: usize| home.path().join(format!("{number}"));
     // The limit is on the size of a file: the image of memory, with 64 MiB, is below it.
-    let monitor = Monitor::start(home.path(), &run_args("--track=auto"));
+    let mut monitor = Monitor::observing(&run_args("--track=auto"));
     monitor.take(&place(0), &[]);
     for (number, limit) in [(1, 1 << 20), (2, 63 << 20), (3, 8 << 20)] {
-        tests::sys::limit_file_size(&monitor.child, Some(limit)).unwrap();
+        tests::sys::limit_file_size(monitor.process(), Some(limit)).unwrap();
         let why = monitor.take_none(&place(number), &["--diff"]);
         assert!(why.contains("File too large") || why.contains("cannot"), "{why}");
         assert!(!place(number).exists());
         assert!(monitor.take_none(&place(number), &[]).contains("cannot"));
-        tests::sys::limit_file_size(&monitor.child, None).unwrap();
+        tests::sys::limit_file_size(monitor.process(), None).unwrap();
     }
     monitor.take(&place(4), &["--diff"]);
     monitor.end_well("the original");
     let path = place(4);
-    Monitor::start(home.path(), &["restore", path.to_str().unwrap()]).end_well("the diff after failures");
+    Monitor::observing(&["restore", path.to_str().unwrap()]).end_well("the diff after failures");
 }
 
 /// Holds `image` against a copy of `ram`.

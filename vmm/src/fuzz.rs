@@ -28,20 +28,25 @@ pub fn log(bytes: &[u8]) {
 fn sealed(bytes: &[u8]) -> Vec<u8> {
     const PRELUDE: usize = 16;
     const HEAD: usize = 24;
+    const APART: u8 = 10;
     let mut log = bytes.to_vec();
-    let (mut rest, mut number, mut seed, mut checked) = (log.get_mut(PRELUDE..), 0u64, 0, true);
+    let (mut rest, mut number, mut seed) = (log.get_mut(PRELUDE..), 0u64, 0);
     while let Some(records) = rest.filter(|records| records.len() >= HEAD) {
         let length = HEAD + u32::from_le_bytes([records[8], records[9], records[10], records[11]]) as usize;
         let Some((record, behind)) = records.split_at_mut_checked(length) else { break };
         record[16..HEAD].copy_from_slice(&number.to_le_bytes());
-        let apart = record[12] == 6 && !checked;
-        let covered = if apart { length.min(HEAD + 16) } else { length };
+        let mut covered = length;
+        // Its contents are in no checksum.
+        if let (APART, Some(&[a, b, c, d])) = (record[12], record[HEAD..].first_chunk()) {
+            let entries = u32::from_le_bytes([a, b, c, d]) as usize;
+            covered = length.min(HEAD + 8 + entries.saturating_mul(16).min(length));
+        }
         let sum = XxHash3_64::oneshot_with_seed(seed, &record[8..covered]);
         record[..8].copy_from_slice(&sum.to_le_bytes());
         if number == 0
             && let Ok(header) = serde_json::from_slice::<Header>(&record[HEAD..])
         {
-            (seed, checked) = (header.id.0 as u64 ^ (header.id.0 >> 64) as u64, header.checked);
+            seed = header.id.0 as u64 ^ (header.id.0 >> 64) as u64;
         }
         number += 1;
         rest = Some(behind);
@@ -49,25 +54,26 @@ fn sealed(bytes: &[u8]) -> Vec<u8> {
     log
 }
 
-/// A dirty log is read, read with its contents apart, and replayed: all three agree on whether it is whole.
+/// A dirty log is read, read with what is apart passed over, and replayed: all three agree on whether it is whole.
 ///
 /// # Panics
 /// When they do not.
 fn agree(bytes: &[u8]) {
-    let read = |apart: bool| -> Option<u64> {
+    let read = |takes: bool| -> Option<u64> {
         let mut log = LogReader::new(bytes).ok()?;
         let mut pages = 0;
-        while let Some(event) = if apart { log.read_apart() } else { log.read() }.ok()? {
+        while let Some(event) = log.read().ok()? {
             match event {
-                Event::Ahead(range) => {
-                    pages += range.pages;
-                    let mut contents = Vec::new();
-                    log.contents(|input, length| {
-                        contents.resize(length, 0);
-                        io::Read::read_exact(input, &mut contents)
-                    })
-                    .ok()?;
-                    assert_eq!(contents.len() as u64, range.bytes());
+                Event::Ahead(spans) => {
+                    pages += spans.iter().map(|span| span.range.pages).sum::<u64>();
+                    if takes {
+                        log.contents(|input, spans| {
+                            let bytes = spans.iter().map(|span| span.range.bytes()).sum();
+                            let taken = io::copy(&mut io::Read::take(input, bytes), &mut io::sink())?;
+                            if taken == bytes { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+                        })
+                        .ok()?;
+                    }
                 }
                 Event::Pages(range, contents) => {
                     assert_eq!(contents.len() as u64, range.bytes());

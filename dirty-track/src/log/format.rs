@@ -36,6 +36,8 @@ pub(super) const PRELUDE: usize = 16;
 pub(super) const HEAD: usize = 24;
 /// Bytes of a record of pages before the contents.
 pub(super) const PAGES_HEAD: usize = 16;
+/// Bytes of a record apart before its entries.
+pub(super) const APART_HEAD: usize = 8;
 pub(super) const ENTRY: usize = 16;
 /// Kinds from here on may be passed over.
 pub(super) const OPTIONAL: u8 = 128;
@@ -50,6 +52,7 @@ pub(super) mod kind {
     pub(crate) const EPOCH_END: u8 = 7;
     pub(crate) const STATE: u8 = 8;
     pub(crate) const END: u8 = 9;
+    pub(crate) const APART: u8 = 10;
 }
 
 /// What tells one stream from every other: 128 random bits. As text, 32 hexadecimal digits.
@@ -138,8 +141,8 @@ pub struct Header {
     pub guarantees: Guarantees,
     /// Contents of the pages are in the log.
     pub contents: bool,
-    /// The checksums are of these contents, too. Not so where the log goes over a channel that damages nothing: then
-    /// contents can go from memory to memory, looked at by nobody.
+    /// All of these contents have checksums. Not so where the log goes over a channel that damages nothing: then they can
+    /// go from memory to memory, looked at by nobody.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub checked: bool,
     /// What wrote it, for people.

@@ -18,7 +18,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 0..8 | checksum: XXH3-64 of all the rest of the record, seeded with the stream's id; with 0 for the header. Where the header says that contents are not checked, without the contents of pages |
+//! | 0..8 | checksum: XXH3-64 of all the rest of the record, seeded with the stream's id; with 0 for the header. Of a record apart, without the contents |
 //! | 8..12 | bytes of the payload, at most [`MAX_PAYLOAD`] |
 //! | 12 | the record's kind |
 //! | 13..16 | zero |
@@ -36,6 +36,7 @@
 //! | 7 epoch's end | [`EpochEnd`] as JSON: how much there was, so that nothing can be missing |
 //! | 8 state | length of a name (2), the name, bytes: a part of the machine's state; after the epochs |
 //! | 9 end | [`End`] as JSON; last |
+//! | 10 apart | number of entries (4), zero (4), entries as above with at most [`CHUNK_PAGES`] pages in all, the contents of these pages as they are; where the header allows it |
 //!
 //! **Versions.** A reader refuses another major version. Within one, a later minor version may add fields to the JSON
 //! and kinds of records from 128 on, which a reader that does not know them passes over. Kinds below 128 that it does not
@@ -46,9 +47,9 @@
 //! valid stream needs an authenticated channel besides. For memory safety no stream is trusted at all.
 //!
 //! **Contents apart.** A log that goes from one machine's memory into another's can go without its contents being copied or
-//! looked at on the way: [`EpochWriter::pages_apart`] writes a record's heads and lets the caller write the contents,
-//! [`LogReader::read_apart`] reads the heads and lets the caller read the contents ([`LogReader::contents`]). Such a log
-//! says in its header that contents are not [`checked`](Header::checked).
+//! looked at on the way: [`EpochWriter::pages_apart`] writes a record's heads and lets the caller write the contents, and
+//! a reader that is told of such a record ([`Event::Ahead`]) can read the contents itself ([`LogReader::contents`]). The
+//! log says in its header that contents are not [`checked`](Header::checked).
 
 mod codec;
 mod error;

@@ -6,8 +6,13 @@ use serde::de::DeserializeOwned;
 
 use crate::addr::{Gfn, PAGE_BYTES, PageRange};
 use crate::log::codec::{AS_IT_IS, Decoder};
-use crate::log::format::{ENTRY, HEAD, Head, OPTIONAL, PAGES_HEAD, PRELUDE, kind, u16_at, u32_at, u64_at};
+use crate::log::format::{
+    APART_HEAD, ENTRY, HEAD, Head, OPTIONAL, PAGES_HEAD, PRELUDE, kind, u16_at, u32_at, u64_at,
+};
 use crate::log::{CHUNK_PAGES, End, Epoch, EpochEnd, Header, MAGIC, MAX_PAYLOAD, ReadError, Span, VERSION};
+
+const WRONG_COUNT: &str = "it has no pages, or more than a record may";
+const OTHER_CONTENTS: &str = "its contents are not those of so many pages";
 
 /// Reads a log from anything that gives bytes, record by record. It reads no further than the log's end.
 #[derive(Debug)]
@@ -46,8 +51,8 @@ pub enum Event<'a> {
     Zero(&'a [Span]),
     /// This is in these pages.
     Pages(PageRange, &'a [u8]),
-    /// What is in these pages comes next: [`LogReader::contents`] takes it.
-    Ahead(PageRange),
+    /// What is in these pages comes next: [`LogReader::contents`] takes it. Pages of whole ranges, in this order.
+    Ahead(&'a [Span]),
     /// The epoch ends.
     EpochEnd(EpochEnd),
     /// A part of the machine's state.
@@ -80,8 +85,7 @@ impl<R: Read> LogReader<R> {
         if major != VERSION.0 {
             return Err(ReadError::Version(major, minor));
         }
-        let mut records =
-            Records { input, seed: 0, number: 0, at, record: Vec::new(), apart: false, ahead: 0 };
+        let mut records = Records { input, seed: 0, number: 0, at, record: Vec::new(), ahead: 0 };
         if records.fetch()? != kind::HEADER {
             return Err(records.senseless("a log begins with its header"));
         }
@@ -90,7 +94,6 @@ impl<R: Read> LogReader<R> {
             return Err(records.senseless(fault));
         }
         records.seed = header.id.seed();
-        records.apart = !header.checked;
         Ok(LogReader {
             records,
             header,
@@ -119,26 +122,31 @@ impl<R: Read> LogReader<R> {
     /// # Errors
     /// What the input says, and what is wrong with the record: no other one should be read then.
     pub fn read(&mut self) -> Result<Option<Event<'_>>, ReadError> {
-        self.next(false)
+        loop {
+            if self.phase == Phase::Done {
+                return Ok(None);
+            }
+            let kind = self.records.fetch()?;
+            if kind < OPTIONAL {
+                return self.understand(kind).map(Some);
+            }
+        }
     }
 
-    /// As [`read`](LogReader::read), but contents that the log does not check, and that are not compressed, are left where
-    /// they are: they are an [`Event::Ahead`].
-    ///
-    /// # Errors
-    /// See [`read`](LogReader::read).
-    pub fn read_apart(&mut self) -> Result<Option<Event<'_>>, ReadError> {
-        self.next(true)
-    }
-
-    /// Has `take` read the contents that are ahead, as many bytes as it is told and no others, from the input that it is
-    /// given. What is not taken before the next record is read is passed over.
+    /// Has `take` read the contents that are ahead, those of the pages that it is told and nothing else, from the input that
+    /// it is given. What is not taken before the next record is read is passed over.
     ///
     /// # Errors
     /// What `take` says.
-    pub fn contents(&mut self, take: impl FnOnce(&mut R, usize) -> io::Result<()>) -> Result<(), ReadError> {
+    pub fn contents(
+        &mut self,
+        take: impl FnOnce(&mut R, &[Span]) -> io::Result<()>,
+    ) -> Result<(), ReadError> {
         let records = &mut self.records;
-        take(&mut records.input, records.ahead).map_err(ReadError::Io)?;
+        if records.ahead == 0 {
+            return Ok(());
+        }
+        take(&mut records.input, &self.spans).map_err(ReadError::Io)?;
         records.at += std::mem::take(&mut records.ahead) as u64;
         Ok(())
     }
@@ -148,19 +156,7 @@ impl<R: Read> LogReader<R> {
         self.records.input
     }
 
-    fn next(&mut self, apart: bool) -> Result<Option<Event<'_>>, ReadError> {
-        loop {
-            if self.phase == Phase::Done {
-                return Ok(None);
-            }
-            let kind = self.records.fetch()?;
-            if kind < OPTIONAL {
-                return self.understand(kind, apart).map(Some);
-            }
-        }
-    }
-
-    fn understand(&mut self, kind: u8, apart: bool) -> Result<Event<'_>, ReadError> {
+    fn understand(&mut self, kind: u8) -> Result<Event<'_>, ReadError> {
         use Phase::{Done, Epochs, States};
         let payload = self.records.payload().len();
         match (self.phase, kind) {
@@ -173,7 +169,7 @@ impl<R: Read> LogReader<R> {
                 Ok(Event::Epoch(epoch))
             }
             (Phase::Epoch, kind::RANGES) => {
-                self.epoch.dirty += self.get_spans(0)?;
+                self.epoch.dirty += self.get_spans(0, payload)?;
                 for span in &self.spans {
                     if span.range.start < self.next {
                         return Err(self.records.senseless("its ranges overlap or are out of order"));
@@ -183,14 +179,25 @@ impl<R: Read> LogReader<R> {
                 Ok(Event::Ranges(&self.spans))
             }
             (Phase::Epoch, kind::VCPU) if payload >= 8 => {
-                self.get_spans(8)?;
+                self.get_spans(8, payload)?;
                 Ok(Event::Vcpu(u32_at(self.records.payload(), 0), &self.spans))
             }
             (Phase::Epoch, kind::ZERO) => {
-                self.epoch.zero += self.get_spans(0)?;
+                self.epoch.zero += self.get_spans(0, payload)?;
                 Ok(Event::Zero(&self.spans))
             }
-            (Phase::Epoch, kind::PAGES) if payload >= PAGES_HEAD => self.get_pages(apart),
+            (Phase::Epoch, kind::PAGES) if payload >= PAGES_HEAD => self.get_pages(),
+            (Phase::Epoch, kind::APART) if payload >= APART_HEAD && !self.header.checked => {
+                let pages = self.get_spans(APART_HEAD, payload)?;
+                if pages == 0 || pages > CHUNK_PAGES as u64 {
+                    return Err(self.records.senseless(WRONG_COUNT));
+                }
+                if self.records.ahead != pages as usize * PAGE_BYTES {
+                    return Err(self.records.senseless(OTHER_CONTENTS));
+                }
+                self.epoch.pages += pages;
+                Ok(Event::Ahead(&self.spans))
+            }
             (Phase::Epoch, kind::EPOCH_END) => {
                 let end: EpochEnd = self.records.json()?;
                 if end != self.epoch {
@@ -218,22 +225,24 @@ impl<R: Read> LogReader<R> {
                 self.phase = Done;
                 Ok(Event::End(end))
             }
-            (_, 0 | 10..) => {
+            (_, 0 | 11..) => {
                 let (record, at) = self.records.place();
                 Err(ReadError::Unknown { record, at, kind })
             }
-            (_, kind::VCPU | kind::PAGES | kind::STATE) if self.phase != Done && payload < PAGES_HEAD => {
+            (_, kind::VCPU | kind::PAGES | kind::STATE | kind::APART)
+                if self.phase != Done && payload < PAGES_HEAD =>
+            {
                 Err(self.records.senseless("it is too short, or not where it belongs"))
             }
             _ => Err(self.records.senseless("it is not where a record of its kind can be")),
         }
     }
 
-    fn get_pages(&mut self, apart: bool) -> Result<Event<'_>, ReadError> {
-        let (head, _) = self.records.payload().split_at(PAGES_HEAD);
+    fn get_pages(&mut self) -> Result<Event<'_>, ReadError> {
+        let (head, contents) = self.records.payload().split_at(PAGES_HEAD);
         let range = PageRange { start: Gfn(u64_at(head, 0)), pages: u32_at(head, 8).into() };
         if range.pages == 0 || range.pages > CHUNK_PAGES as u64 {
-            return Err(self.records.senseless("it has no pages, or more than a record may"));
+            return Err(self.records.senseless(WRONG_COUNT));
         }
         if !self.header.has(range) {
             let (record, at) = self.records.place();
@@ -241,14 +250,9 @@ impl<R: Read> LogReader<R> {
         }
         let bytes = range.pages as usize * PAGE_BYTES;
         self.epoch.pages += range.pages;
-        if apart && head[12] == AS_IT_IS && self.records.ahead == bytes {
-            return Ok(Event::Ahead(range));
-        }
-        self.records.fetch_rest()?;
-        let (head, contents) = self.records.payload().split_at(PAGES_HEAD);
         if head[12] == AS_IT_IS {
             if contents.len() != bytes {
-                return Err(self.records.senseless("its contents are not those of so many pages"));
+                return Err(self.records.senseless(OTHER_CONTENTS));
             }
             return Ok(Event::Pages(range, contents));
         }
@@ -259,9 +263,9 @@ impl<R: Read> LogReader<R> {
         Ok(Event::Pages(range, &self.chunk))
     }
 
-    /// Reads the entries behind the first `skip` bytes of the payload, and returns how many pages they have.
-    fn get_spans(&mut self, skip: usize) -> Result<u64, ReadError> {
-        let entries = &self.records.payload()[skip..];
+    /// Reads the entries in the payload from byte `start` to `end`, and returns how many pages they have.
+    fn get_spans(&mut self, start: usize, end: usize) -> Result<u64, ReadError> {
+        let entries = &self.records.payload()[start..end];
         if !entries.len().is_multiple_of(ENTRY) {
             return Err(self.records.senseless("it has a part of an entry"));
         }
@@ -290,16 +294,15 @@ struct Records<R> {
     at: u64,
     /// The one that was read last, head and payload.
     record: Vec<u8>,
-    /// The contents of pages are in no checksum.
-    apart: bool,
-    /// So many bytes of them, of the last record, have not been read.
+    /// So many bytes of contents, of the last record, have not been read.
     ahead: usize,
 }
 
 impl<R: Read> Records<R> {
     /// Reads a whole record, checks that it is the next one, and returns its kind.
     fn fetch(&mut self) -> Result<u8, ReadError> {
-        self.fetch_rest()?;
+        let ahead = std::mem::take(&mut self.ahead);
+        self.more(ahead)?;
         let (at, record) = (self.at, self.number);
         self.record.resize(HEAD, 0);
         fill(&mut self.input, &mut self.record, &mut self.at)?;
@@ -307,11 +310,12 @@ impl<R: Read> Records<R> {
         if head.payload > MAX_PAYLOAD {
             return Err(ReadError::TooLong { record, at, bytes: head.payload });
         }
-        if self.apart && head.kind == kind::PAGES {
-            self.ahead = head.payload.saturating_sub(PAGES_HEAD);
+        if head.kind == kind::APART && head.payload >= APART_HEAD {
+            self.more(APART_HEAD)?;
+            let entries = u32_at(self.payload(), 0) as usize;
+            self.ahead = (head.payload - APART_HEAD).saturating_sub(entries.saturating_mul(ENTRY));
         }
-        self.record.resize(HEAD + head.payload - self.ahead, 0);
-        fill(&mut self.input, &mut self.record[HEAD..], &mut self.at)?;
+        self.more(head.payload - self.payload().len() - self.ahead)?;
         if !head.is_sound(&self.record, self.seed) {
             return Err(ReadError::Damaged { record, at });
         }
@@ -325,10 +329,10 @@ impl<R: Read> Records<R> {
         Ok(head.kind)
     }
 
-    /// Reads what is left of the last record.
-    fn fetch_rest(&mut self) -> Result<(), ReadError> {
+    /// Reads so many bytes more of the record.
+    fn more(&mut self, bytes: usize) -> Result<(), ReadError> {
         let start = self.record.len();
-        self.record.resize(start + std::mem::take(&mut self.ahead), 0);
+        self.record.resize(start + bytes, 0);
         fill(&mut self.input, &mut self.record[start..], &mut self.at)
     }
 

@@ -48,6 +48,22 @@ pub fn replay<R: Read>(log: &mut LogReader<R>, image: &mut impl Image) -> Result
             Some(Event::Pages(range, contents)) => {
                 image.write(range, contents).map_err(|source| ReplayError::Image { range, source })?;
             }
+            Some(Event::Ahead(_)) => {
+                let mut failed = None;
+                log.contents(|input, spans| {
+                    for range in spans.iter().map(|span| span.range) {
+                        let mut contents = vec![0; range.bytes() as usize];
+                        input.read_exact(&mut contents)?;
+                        if failed.is_none() {
+                            failed = image.write(range, &contents).err().map(|source| (range, source));
+                        }
+                    }
+                    Ok(())
+                })?;
+                if let Some((range, source)) = failed {
+                    return Err(ReplayError::Image { range, source });
+                }
+            }
             Some(Event::Zero(spans)) => {
                 for span in spans {
                     let range = span.range;

@@ -415,12 +415,13 @@ fn tempfile() -> std::fs::File {
 fn contents_go_apart_and_come_as_they_went() {
     let page = |gfn: u64| vec![gfn as u8 | 1; PAGE_BYTES];
     let pages = |range: PageRange| range.iter().flat_map(|gfn| page(gfn.0)).collect::<Vec<_>>();
-    let header = Header { checked: false, ..header() };
+    let unchecked = Header { checked: false, ..header() };
     for compression in [Compression::None, Compression::Lz4] {
-        let mut log = LogWriter::new(Vec::new(), header.clone(), compression).unwrap();
+        let mut log = LogWriter::new(Vec::new(), unchecked.clone(), compression).unwrap();
         let mut epoch = log.epoch(0, 0).unwrap();
-        let (apart, copied) = (range(2, 256), range(300, 20));
-        epoch.pages_apart(apart, |out| io::Write::write_all(out, &pages(apart))).unwrap();
+        let (apart, copied) = ([range(2, 100), range(0x10_0000, 2), range(150, 130)], range(300, 20));
+        let contents = apart.map(pages).concat();
+        epoch.pages_apart(&apart, |out| io::Write::write_all(out, &contents)).unwrap();
         epoch
             .pages(copied, |gpa, to| {
                 to.copy_from_slice(&pages(PageRange {
@@ -431,59 +432,118 @@ fn contents_go_apart_and_come_as_they_went() {
             })
             .unwrap();
         epoch.zeros([range(290, 3), range(350, 1)]).unwrap();
-        assert!(matches!(epoch.pages_apart(range(0, 257), |_| Ok(())), Err(WriteError::TooLong { .. })));
-        assert!(matches!(epoch.pages_apart(range(390, 11), |_| Ok(())), Err(WriteError::OutsideSlots(_))));
+        let mut refused = |ranges: &[PageRange]| epoch.pages_apart(ranges, |_| Ok(())).unwrap_err();
+        assert!(matches!(refused(&[range(0, 257)]), WriteError::TooLong { .. }));
+        assert!(matches!(refused(&[]), WriteError::TooLong { .. }));
+        assert!(matches!(refused(&[range(0, 1), range(390, 11)]), WriteError::OutsideSlots(_)));
         epoch.finish().unwrap();
         let mut bytes = log.finish().unwrap().0;
+        let log_bytes = bytes.len();
         bytes.extend_from_slice(b"what comes after");
 
-        // As one that knows nothing of it reads it; and left where they are, some of them not taken.
-        for mode in 0..3 {
+        for taken in [true, false] {
             let mut log = LogReader::new(&bytes[..]).unwrap();
-            let (mut seen, mut ahead) = (BTreeMap::new(), 0);
-            loop {
-                let event = if mode == 0 { log.read() } else { log.read_apart() };
-                match event.unwrap() {
-                    None => break,
-                    Some(Event::Pages(range, contents)) => {
+            let mut seen = Vec::new();
+            while let Some(event) = log.read().unwrap() {
+                match event {
+                    Event::Pages(range, contents) => {
                         assert_eq!(contents, pages(range));
-                        seen.extend(range.iter().map(|gfn| (gfn.0, ())));
+                        seen.push(range);
                     }
-                    Some(Event::Ahead(range)) => {
-                        ahead += 1;
-                        if mode == 1 {
-                            let mut to = vec![0; range.bytes() as usize];
-                            log.contents(|input, bytes| {
-                                assert_eq!(bytes, to.len());
+                    Event::Ahead(spans) => {
+                        seen.extend(spans.iter().map(|span| span.range));
+                        if taken {
+                            let mut to = vec![0; contents.len()];
+                            log.contents(|input, spans| {
+                                assert!(spans.iter().map(|span| span.range).eq(apart));
                                 io::Read::read_exact(input, &mut to)
                             })
                             .unwrap();
-                            assert_eq!(to, pages(range));
+                            assert_eq!(to, contents);
                         }
-                        seen.extend(range.iter().map(|gfn| (gfn.0, ())));
+                        // There is nothing more to take.
+                        if taken {
+                            log.contents(|_, _| panic!("it was taken")).unwrap();
+                        }
                     }
-                    Some(_) => {}
+                    _ => {}
                 }
             }
-            assert_eq!(seen.len(), 276);
-            assert_eq!(ahead > 0, mode > 0);
-            assert_eq!(log.bytes_read() as usize, bytes.len() - 16);
+            assert_eq!(seen, [&apart[..], &[copied]].concat());
+            assert_eq!(log.bytes_read() as usize, log_bytes);
             assert_eq!(log.into_input(), b"what comes after");
         }
-        // What is not contents is checked as ever.
-        let at = bytes.len() - 16 - 30;
-        bytes[at] ^= 1;
-        let mut log = LogReader::new(&bytes[..]).unwrap();
-        let error = loop {
-            match log.read() {
-                Ok(Some(_)) => {}
-                Ok(None) => panic!("damage was not found"),
-                Err(error) => break error,
+        let mut memory = Memory::default();
+        replay(&mut LogReader::new(&bytes[..]).unwrap(), &mut memory).unwrap();
+        assert_eq!(memory.0.len(), 232 + 20);
+        assert!(memory.0.iter().all(|(gfn, byte)| *byte == *gfn as u8 | 1));
+
+        // Contents are in no checksum; everything else is.
+        let heads = records(&bytes[..log_bytes])[2];
+        for (at, sound) in
+            [(heads + HEAD + 8 + 3 * 16 + 5, true), (heads + HEAD + 9, false), (log_bytes - 30, false)]
+        {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            match read(&damaged) {
+                Ok(_) => assert!(sound, "{at}"),
+                Err(error) => assert!(matches!(error, ReadError::Damaged { .. }) && !sound, "{at}: {error}"),
             }
-        };
-        assert!(matches!(error, ReadError::Damaged { .. }), "{error}");
+        }
     }
-    let mut checked = LogWriter::new(Vec::new(), self::header(), Compression::None).unwrap();
+    let mut checked = LogWriter::new(Vec::new(), header(), Compression::None).unwrap();
     let mut epoch = checked.epoch(0, 0).unwrap();
-    assert!(matches!(epoch.pages_apart(range(0, 1), |_| Ok(())), Err(WriteError::Checked)));
+    assert!(matches!(epoch.pages_apart(&[range(0, 1)], |_| Ok(())), Err(WriteError::Checked)));
+}
+
+#[test]
+fn hostile_records_apart_are_refused() {
+    let apart = |entries: u32, payload: &[u8]| [&entries.to_le_bytes()[..], &[0; 4], payload].concat();
+    let contents = |pages: usize| vec![1; pages * PAGE_BYTES];
+    let refused = |checked: bool, payload: &[u8]| {
+        let header = Header { checked, ..header() };
+        let mut log = LogWriter::new(Vec::new(), header, Compression::None).unwrap();
+        log.epoch(0, 0).unwrap();
+        let mut log = log.into_out();
+        let (mut record, number) = ([vec![0; HEAD], payload.to_vec()].concat(), 2);
+        let entries =
+            payload.get(..4).map_or(0, |count| u32::from_le_bytes(count.try_into().unwrap()) as usize);
+        let covered = (HEAD + 8).saturating_add(entries.saturating_mul(16)).min(record.len());
+        let more = record.len() - covered;
+        Head::seal_before(&mut record[..covered], more, kind::APART, number, ID.seed());
+        log.extend_from_slice(&record);
+        match read(&log).unwrap_err() {
+            ReadError::Senseless { why, .. } => why,
+            ReadError::OutsideSlots { .. } => "outside",
+            error => panic!("{error}"),
+        }
+    };
+    let sound = apart(1, &[entry(5, 1), contents(1)].concat());
+    assert!(refused(true, &sound).contains("not where"));
+    // It is the log that ends too early, not the record that is wrong.
+    let header = Header { checked: false, ..header() };
+    let mut log = LogWriter::new(Vec::new(), header, Compression::None).unwrap();
+    let mut epoch = log.epoch(0, 0).unwrap();
+    epoch.pages_apart(&[range(5, 1)], |out| io::Write::write_all(out, &contents(1))).unwrap();
+    assert!(matches!(read(&log.into_out()).unwrap_err(), ReadError::Truncated { .. }));
+
+    assert!(refused(false, &[0; 7]).contains("too short"));
+    for (entries, payload, word) in [
+        (0, vec![], "no pages"),
+        (0, contents(1), "no pages"),
+        (1, [entry(5, 0), contents(1)].concat(), "outside"),
+        (1, [entry(399, 2), contents(2)].concat(), "outside"),
+        (2, [entry(5, 1), entry(400, 1), contents(2)].concat(), "outside"),
+        (1, [entry(5, 2), contents(1)].concat(), "so many pages"),
+        (1, [entry(5, 1), contents(2)].concat(), "so many pages"),
+        (1, entry(5, 1), "so many pages"),
+        (2, entry(5, 1), "so many pages"),
+        (u32::MAX, entry(5, 1), "so many pages"),
+        (1, entry(5, 1)[..15].to_vec(), "part of an entry"),
+        (1, [entry(0, 257), contents(257)].concat(), "more than a record may"),
+        (2, [entry(0, 256), entry(300, 1), contents(257)].concat(), "more than a record may"),
+    ] {
+        let why = refused(false, &apart(entries, &payload));
+        assert!(why.contains(word), "{entries} {word}: {why}");
+    }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::addr::{Gfn, Gpa, PAGE_BYTES, PageRange};
 use crate::image::is_zero;
 use crate::log::codec::{AS_IT_IS, Compression, Encoder};
-use crate::log::format::{HEAD, Head, PAGES_HEAD, PRELUDE, kind};
+use crate::log::format::{APART_HEAD, HEAD, Head, PAGES_HEAD, PRELUDE, kind};
 use crate::log::{CHUNK_PAGES, End, Epoch, EpochEnd, Header, MAGIC, MAX_PAYLOAD, Span, VERSION, WriteError};
 
 /// Entries in a record of ranges.
@@ -224,26 +224,13 @@ impl<W: Write> LogWriter<W> {
         self.record.extend_from_slice(&head);
         if let Some(encoding) = self.encoder.encode(&self.chunk[start..end], &mut self.record)? {
             self.record[HEAD + 12] = encoding;
-            if self.header.checked {
-                return self.put(kind::PAGES);
-            }
-            let more = self.record.len() - HEAD - PAGES_HEAD;
-            let heads = &mut self.record[..HEAD + PAGES_HEAD];
-            Head::seal_before(heads, more, kind::PAGES, self.number, self.seed);
-            self.out.write_all(&self.record)?;
-            self.number += 1;
-            return Ok(());
+            return self.put(kind::PAGES);
         }
         // Without another copy: the heads go over the page before, which is zero, or written already, or room.
         head[12] = AS_IT_IS;
         self.chunk[start - PAGES_HEAD..start].copy_from_slice(&head);
         let record = &mut self.chunk[start - PAGES_HEAD - HEAD..end];
-        if self.header.checked {
-            Head::seal(record, kind::PAGES, self.number, self.seed);
-        } else {
-            let heads = &mut record[..HEAD + PAGES_HEAD];
-            Head::seal_before(heads, end - start, kind::PAGES, self.number, self.seed);
-        }
+        Head::seal(record, kind::PAGES, self.number, self.seed);
         self.out.write_all(record)?;
         self.number += 1;
         Ok(())
@@ -317,33 +304,39 @@ impl<W: Write> EpochWriter<'_, W> {
         self.0.put_spans(kind::ZERO, None)
     }
 
-    /// Writes the heads of a record with the contents of `range`, at most [`CHUNK_PAGES`]; `write` is to write the
-    /// contents, all of them and nothing else, to the output that it is given. For a log whose contents are not
+    /// Writes the heads of a record with the contents of `ranges`, at most [`CHUNK_PAGES`] in all; `write` is to write these
+    /// contents, range by range and nothing else, to the output that it is given. For a log whose contents are not
     /// [checked](Header::checked).
     ///
     /// # Errors
     /// What the output says, [`WriteError::OutsideSlots`], [`WriteError::TooLong`] and [`WriteError::Checked`].
     pub fn pages_apart(
         &mut self,
-        range: PageRange,
+        ranges: &[PageRange],
         write: impl FnOnce(&mut W) -> io::Result<()>,
     ) -> Result<(), WriteError> {
-        self.0.check(range)?;
-        if self.0.header.checked {
+        let log = &mut *self.0;
+        if log.header.checked {
             return Err(WriteError::Checked);
         }
-        if range.pages > CHUNK_PAGES as u64 {
-            return Err(WriteError::TooLong { what: "a range of pages", bytes: range.bytes() as usize });
+        log.begin();
+        log.record.extend_from_slice(&(ranges.len() as u64).to_le_bytes());
+        debug_assert_eq!(log.record.len(), HEAD + APART_HEAD);
+        let mut pages = 0;
+        for &range in ranges {
+            log.check(range)?;
+            pages += range.pages;
+            Span { range, flags: 0 }.put(&mut log.record);
         }
-        let mut heads = [0; HEAD + PAGES_HEAD];
-        heads[HEAD..][..8].copy_from_slice(&range.start.0.to_le_bytes());
-        heads[HEAD + 8..][..4].copy_from_slice(&(range.pages as u32).to_le_bytes());
-        heads[HEAD + 12] = AS_IT_IS;
-        Head::seal_before(&mut heads, range.bytes() as usize, kind::PAGES, self.0.number, self.0.seed);
-        self.0.out.write_all(&heads)?;
-        write(&mut self.0.out)?;
-        self.0.number += 1;
-        self.so_far().pages += range.pages;
+        let bytes = pages as usize * PAGE_BYTES;
+        if pages == 0 || pages > CHUNK_PAGES as u64 {
+            return Err(WriteError::TooLong { what: "what is in ranges of pages", bytes });
+        }
+        Head::seal_before(&mut log.record, bytes, kind::APART, log.number, log.seed);
+        log.out.write_all(&log.record)?;
+        write(&mut log.out)?;
+        log.number += 1;
+        self.so_far().pages += pages;
         Ok(())
     }
 

@@ -334,12 +334,11 @@ impl Into<'_> {
         }
         let memory = self.ram.mem();
         let failed = |error: GuestMemoryError| MigrateError::System(io::Error::other(error));
-        while let Some(event) = log.read_apart()? {
+        while let Some(event) = log.read()? {
             match event {
-                Event::Ahead(range) => {
-                    self.written.set_range(self.place(range));
-                    let to = GuestAddress(range.start.gpa().0);
-                    log.contents(|lane, bytes| lane.receive(memory, to, bytes))?;
+                Event::Ahead(spans) => {
+                    spans.iter().for_each(|span| self.written.set_range(self.place(span.range)));
+                    log.contents(|lane, spans| lane.receive(memory, spans.iter().map(|span| span.range)))?;
                 }
                 Event::Pages(range, contents) => {
                     self.written.set_range(self.place(range));

@@ -1,7 +1,8 @@
 //! One connection of a migration: bytes both ways, whatever carries them.
 //!
-//! What is small is collected, so that scattered pages do not cost a system call each; what is large goes from memory to
-//! memory. What is collected leaves before anything is waited for.
+//! What is small is collected, so that it does not cost a system call each time; what is large goes from memory to memory,
+//! and from huge pages without a copy at this end ([`splice`](crate::sys::splice)). What is collected leaves before anything
+//! is waited for.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,11 +16,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, WriteVolatile};
+use dirty_track::addr::PageRange;
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::tls::{DestinationTls, Secured, SourceTls, TlsError};
 use super::{Address, MigrateConfig};
 use crate::memory::GuestRam;
+use crate::sys::guest_io;
+use crate::sys::splice::Splice;
 
 /// How long the other side may neither take nor give anything before it counts as gone.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,6 +34,10 @@ const LARGE: usize = 64 << 10;
 
 /// So many bytes are collected.
 const COLLECTED: usize = 256 << 10;
+
+/// So many are taken at most before it is known what they are: the heads of any record, and few contents, which are copied
+/// once more then.
+const AHEAD: usize = 8 << 10;
 
 /// How long a connection may take to say what it is.
 pub(super) const FOR_A_HELLO: Duration = Duration::from_secs(5);
@@ -40,6 +49,8 @@ const FOR_A_COMMAND: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Lane {
     carrier: Carrier,
+    /// Where this end sends memory.
+    splice: Option<Splice>,
     sent: u64,
     /// Small things that are yet to leave.
     out: Vec<u8>,
@@ -57,6 +68,17 @@ enum Carrier {
     Tcp(TcpStream),
     /// The stream itself, and what is over it.
     Tls(TcpStream, Box<dyn Secured>),
+}
+
+impl Carrier {
+    /// What carries the bytes as they are.
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Carrier::Unix(stream) => Some(stream.as_fd()),
+            Carrier::Tcp(stream) => Some(stream.as_fd()),
+            Carrier::Tls(..) => None,
+        }
+    }
 }
 
 /// A command that runs as long as this lives.
@@ -94,7 +116,9 @@ impl Way {
 
     /// Connects.
     pub(super) fn connect(&self) -> io::Result<Lane> {
-        Lane::connect(&self.to, self.tls.as_ref())
+        let lane = Lane::connect(&self.to, self.tls.as_ref())?;
+        // Without one, memory is copied.
+        Ok(Lane { splice: Splice::new().ok(), ..lane })
     }
 
     /// Whether a connection that broke off is not to be had again.
@@ -125,7 +149,16 @@ impl Lane {
     }
 
     fn over(carrier: Carrier) -> Lane {
-        Lane { carrier, sent: 0, out: Vec::new(), came: Vec::new(), taken: 0, filled: 0, _command: None }
+        Lane {
+            carrier,
+            splice: None,
+            sent: 0,
+            out: Vec::new(),
+            came: Vec::new(),
+            taken: 0,
+            filled: 0,
+            _command: None,
+        }
     }
 
     /// Bytes that were sent.
@@ -168,56 +201,61 @@ impl Lane {
         }
     }
 
-    /// Sends `bytes` of guest memory from `from` on, all in one memslot.
-    pub(super) fn send(&mut self, ram: &GuestRam, from: GuestAddress, bytes: usize) -> io::Result<()> {
-        let memory = ram.get_slice(from, bytes).map_err(io::Error::other)?;
-        self.sent += bytes as u64;
-        if bytes < LARGE {
-            let start = self.out.len();
-            self.out.resize(start + bytes, 0);
-            memory.copy_to(&mut self.out[start..]);
-            return self.leave_if_full();
+    /// Sends what is in `ranges`, each of which is in one memslot.
+    pub(super) fn send(&mut self, ram: &GuestRam, ranges: &[PageRange]) -> io::Result<()> {
+        let mut few = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let memory = slice(ram, *range)?;
+            let pays = |splice: &&Splice| memory.len() >= LARGE && splice.pays(&memory);
+            if let (Some(splice), Some(socket)) = (self.splice.as_ref().filter(pays), self.carrier.socket()) {
+                guest_io::send(socket, &self.out, &few)?;
+                splice.send(&memory, socket)?;
+                self.out.clear();
+                few.clear();
+            } else {
+                few.push(memory);
+            }
+            self.sent += range.bytes();
         }
-        self.leave()?;
-        match &mut self.carrier {
-            Carrier::Unix(stream) => stream.write_all_volatile(&memory).map_err(volatile),
-            Carrier::Tcp(stream) => stream.write_all_volatile(&memory).map_err(volatile),
-            Carrier::Tls(_, stream) => {
-                let mut copy = vec![0; bytes];
-                memory.copy_to(&mut copy);
-                stream.write_all(&copy)
+        let bytes: usize = few.iter().map(VolatileSlice::len).sum();
+        match self.carrier.socket() {
+            Some(socket) if bytes >= LARGE => {
+                guest_io::send(socket, &self.out, &few)?;
+                self.out.clear();
+            }
+            _ => {
+                for memory in few {
+                    let start = self.out.len();
+                    self.out.resize(start + memory.len(), 0);
+                    memory.copy_to(&mut self.out[start..]);
+                }
             }
         }
+        self.leave_if_full()
     }
 
-    /// Receives `bytes` of guest memory to `to` and on, all in one memslot.
-    pub(super) fn receive(&mut self, ram: &GuestRam, to: GuestAddress, bytes: usize) -> io::Result<()> {
-        let memory = ram.get_slice(to, bytes).map_err(io::Error::other)?;
-        let mut done = 0;
-        while done < bytes {
-            let mut rest = memory.offset(done).map_err(volatile)?;
-            let here = &self.came[self.taken..self.filled];
-            if here.is_empty() && rest.len() >= LARGE {
-                self.leave()?;
-                return match &mut self.carrier {
-                    Carrier::Unix(stream) => stream.read_exact_volatile(&mut rest).map_err(volatile),
-                    Carrier::Tcp(stream) => stream.read_exact_volatile(&mut rest).map_err(volatile),
-                    Carrier::Tls(_, stream) => {
-                        let mut copy = vec![0; rest.len()];
-                        stream.read_exact(&mut copy)?;
-                        rest.copy_from(&copy);
-                        Ok(())
-                    }
-                };
-            }
-            if here.is_empty() {
-                self.collect()?;
-                continue;
-            }
-            let part = here.len().min(rest.len());
-            rest.copy_from(&here[..part]);
-            self.taken += part;
-            done += part;
+    /// Receives what is in `ranges`, each of which is in one memslot.
+    pub(super) fn receive(
+        &mut self,
+        ram: &GuestRam,
+        ranges: impl Iterator<Item = PageRange>,
+    ) -> io::Result<()> {
+        let mut rest = Vec::new();
+        for range in ranges {
+            let memory = slice(ram, range)?;
+            let here = memory.len().min(self.filled - self.taken);
+            memory.copy_from(&self.came[self.taken..][..here]);
+            self.taken += here;
+            rest.extend(memory.offset(here).ok().filter(|memory| !memory.is_empty()));
+        }
+        self.leave()?;
+        if let Some(socket) = self.carrier.socket() {
+            return guest_io::receive(socket, &rest);
+        }
+        for memory in rest {
+            let mut copy = vec![0; memory.len()];
+            self.stream().read_exact(&mut copy)?;
+            memory.copy_from(&copy);
         }
         Ok(())
     }
@@ -238,15 +276,10 @@ impl Lane {
         if self.out.len() >= COLLECTED { self.leave() } else { Ok(()) }
     }
 
-    /// Waits for bytes, and takes what there is. The end of the connection is an error.
-    fn collect(&mut self) -> io::Result<()> {
-        if self.wait_for_some()? == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
-    }
-
     fn wait_for_some(&mut self) -> io::Result<usize> {
         self.leave()?;
         let mut came = std::mem::take(&mut self.came);
-        came.resize(COLLECTED, 0);
+        came.resize(AHEAD, 0);
         let read = loop {
             match self.stream().read(&mut came) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -282,11 +315,8 @@ impl Lane {
     }
 }
 
-fn volatile(error: VolatileMemoryError) -> io::Error {
-    match error {
-        VolatileMemoryError::IOError(error) => error,
-        error => io::Error::other(error),
-    }
+fn slice(ram: &GuestRam, range: PageRange) -> io::Result<VolatileSlice<'_, impl BitmapSlice>> {
+    ram.get_slice(GuestAddress(range.start.gpa().0), range.bytes() as usize).map_err(io::Error::other)
 }
 
 /// Bytes both ways.
@@ -297,7 +327,7 @@ impl<T: Read + Write> Stream for T {}
 impl Read for Lane {
     fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
         if self.filled == self.taken {
-            if to.len() >= LARGE {
+            if to.len() >= AHEAD {
                 self.leave()?;
                 return self.stream().read(to);
             }

@@ -18,7 +18,6 @@ use dirty_track::addr::{Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
 use dirty_track::bitmap::DirtyBitmap;
 use dirty_track::fault::{PageSource, Server};
 use dirty_track::log::{SlotInfo, StreamId};
-use vm_memory::GuestAddress;
 
 use super::MigrateError;
 use super::lane::{Cancel, Lane, Listener, PATIENCE, Way};
@@ -188,8 +187,8 @@ impl<T: Fn(u64)> Service<'_, T> {
                 let end = (page + 1..empty.len()).find(|&next| empty[next] != empty[page]);
                 let end = end.unwrap_or(empty.len());
                 if !empty[page] {
-                    let from = GuestAddress(Gfn(range.start.0 + page as u64).gpa().0);
-                    lane.send(self.ram, from, (end - page) * PAGE_BYTES)?;
+                    let start = Gfn(range.start.0 + page as u64);
+                    lane.send(self.ram, &[PageRange { start, pages: (end - page) as u64 }])?;
                 }
                 page = end;
             }

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dirty_track::addr::{Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
+use dirty_track::addr::{Gfn, Gpa, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
 use dirty_track::log::{
     CHUNK_PAGES, Compression, EpochWriter, Header, LogWriter, Span, StreamId, WriteError, flags,
 };
@@ -195,13 +195,17 @@ impl Copying {
                 parts.filter(|span| span.range.start.block() % count == lane)
             };
             epoch.ranges(parts())?;
+            let mut batch = Batch { ram: ram.mem(), ranges: Vec::new(), pages: 0, empty: Vec::new() };
             for Span { range, flags } in parts() {
                 match shadow {
                     Some(shadow) if flags & flags::COARSE != 0 => {
                         remembered(&mut epoch, range, ram, shadow)?;
                     }
                     shadow => {
-                        contents(&mut epoch, range, ram, compress)?;
+                        match compress {
+                            true => epoch.pages(range, |gpa, to| read(ram, gpa, to))?,
+                            false => batch.add(&mut epoch, range)?,
+                        }
                         // It is not what was recorded.
                         let mut shadow = shadow.map(lock);
                         shadow.iter_mut().for_each(|shadow| range.iter().for_each(|gfn| shadow.forget(gfn)));
@@ -209,6 +213,7 @@ impl Copying {
                 }
                 pace.keep(began, epoch.out().sent() - first)?;
             }
+            batch.flush(&mut epoch)?;
             let end = epoch.finish()?;
             log.flush()?;
             Ok((end.pages, end.zero))
@@ -366,6 +371,10 @@ fn lock(shadow: &Mutex<Shadow>) -> MutexGuard<'_, Shadow> {
     shadow.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn read(ram: &Ram, gpa: Gpa, to: &mut [u8]) -> io::Result<()> {
+    ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other)
+}
+
 /// Sends the contents of `range` and records what was sent.
 fn remembered(
     epoch: &mut EpochWriter<'_, Lane>,
@@ -374,7 +383,7 @@ fn remembered(
     shadow: &Mutex<Shadow>,
 ) -> Result<(), WriteError> {
     epoch.pages(range, |gpa, to| {
-        ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other)?;
+        read(ram, gpa, to)?;
         let (pages, _) = to.as_chunks::<PAGE_BYTES>();
         let mut shadow = lock(shadow);
         for (page, contents) in pages.iter().enumerate() {
@@ -384,35 +393,61 @@ fn remembered(
     })
 }
 
-/// Sends the contents of `range`, which is within a block.
-fn contents(
-    epoch: &mut EpochWriter<'_, Lane>,
-    range: PageRange,
-    ram: &Ram,
-    compress: bool,
-) -> Result<(), WriteError> {
-    let failed = |source: GuestMemoryError| WriteError::Memory { range, source: io::Error::other(source) };
-    if compress {
-        return epoch
-            .pages(range, |gpa, to| ram.mem().read_slice(to, GuestAddress(gpa.0)).map_err(io::Error::other));
-    }
-    let mut zeros: Zeros = [false; LEAVES_PER_BLOCK as usize];
-    self::zeros(ram.mem(), range, &mut zeros).map_err(failed)?;
-    let pages = range.pages as usize;
-    let (mut page, mut empty) = (0, Vec::new());
-    while page < pages {
-        let most = if zeros[page] { pages } else { pages.min(page + CHUNK_PAGES) };
-        let end = (page + 1..most).find(|&next| zeros[next] != zeros[page]).unwrap_or(most);
-        let run = PageRange { start: Gfn(range.start.0 + page as u64), pages: (end - page) as u64 };
-        if zeros[page] {
-            empty.push(run);
-        } else {
-            let from = GuestAddress(run.start.gpa().0);
-            epoch.pages_apart(run, |lane| lane.send(ram.mem(), from, run.bytes() as usize))?;
+/// Pages on their way into records: those that are far from each other share one.
+struct Batch<'a> {
+    ram: &'a GuestRam,
+    ranges: Vec<PageRange>,
+    pages: u64,
+    empty: Vec<PageRange>,
+}
+
+impl Batch<'_> {
+    /// Sends the contents of `range`, which is within a block, now or [in the end](Batch::flush).
+    fn add(&mut self, epoch: &mut EpochWriter<'_, Lane>, range: PageRange) -> Result<(), WriteError> {
+        let failed =
+            |source: GuestMemoryError| WriteError::Memory { range, source: io::Error::other(source) };
+        let mut zeros: Zeros = [false; LEAVES_PER_BLOCK as usize];
+        self::zeros(self.ram, range, &mut zeros).map_err(failed)?;
+        for run in zeros[..range.pages as usize].chunk_by(PartialEq::eq).scan(range.start, |at, run| {
+            let run = (PageRange { start: *at, pages: run.len() as u64 }, run[0]);
+            *at = run.0.end();
+            Some(run)
+        }) {
+            match run {
+                (run, true) => self.empty.push(run),
+                (run, false) => self.fill(epoch, run)?,
+            }
         }
-        page = end;
+        Ok(())
     }
-    epoch.zeros(empty)
+
+    fn fill(&mut self, epoch: &mut EpochWriter<'_, Lane>, mut run: PageRange) -> Result<(), WriteError> {
+        while run.pages > 0 {
+            let pages = run.pages.min(CHUNK_PAGES as u64 - self.pages);
+            self.ranges.push(PageRange { start: run.start, pages });
+            self.pages += pages;
+            run = PageRange { start: Gfn(run.start.0 + pages), pages: run.pages - pages };
+            if self.pages == CHUNK_PAGES as u64 {
+                self.put(epoch)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, epoch: &mut EpochWriter<'_, Lane>) -> Result<(), WriteError> {
+        epoch.pages_apart(&self.ranges, |lane| lane.send(self.ram, &self.ranges))?;
+        self.ranges.clear();
+        self.pages = 0;
+        Ok(())
+    }
+
+    /// Sends what is left.
+    fn flush(mut self, epoch: &mut EpochWriter<'_, Lane>) -> Result<(), WriteError> {
+        if self.pages > 0 {
+            self.put(epoch)?;
+        }
+        epoch.zeros(self.empty)
+    }
 }
 
 /// Which pages of a block are all zeros.

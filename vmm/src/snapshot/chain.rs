@@ -3,6 +3,7 @@
 //! They come from outside. What they say is checked before a guest exists: that each is whole, builds on the one that is
 //! there, and is of the same memory. Pages are checked when they are read.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufReader};
 use std::os::unix::ffi::OsStrExt;
@@ -12,11 +13,11 @@ use dirty_track::addr::{Gfn, PAGE_BYTES, PageRange};
 use dirty_track::fault::PageSource;
 use dirty_track::image::{ImageError, ImageReader};
 use dirty_track::log::{Event, Header, LogReader, StreamId};
-use serde::de::DeserializeOwned;
 
 use super::directory::{MEMORY, STATE, SUMS};
-use super::{DEVICES, DIGESTS, PARENT, SHAPE, Shape, SnapshotError, VCPU, VM};
-use crate::state::{DeviceState, MachineState, VcpuState, VmState};
+use super::{DIGESTS, PARENT, SHAPE, Shape, SnapshotError};
+use crate::state::MachineState;
+use crate::state::parts::{self, Parts, PartsError};
 
 /// Snapshots of a chain: restoring one page looks at each of them.
 const MOST_LAYERS: usize = 4096;
@@ -81,7 +82,8 @@ impl Layer {
         let mut log = log(path)?;
         let header = log.header().clone();
         let read_error = |source| SnapshotError::Read { path: path.join(STATE), source };
-        let mut parts = Parts::new(path);
+        let part_error = |source| SnapshotError::Parts { path: path.to_owned(), source };
+        let (mut parts, mut shape, mut digests, mut parent) = (Parts::default(), None, None, None);
         let mut ranges: Vec<PageRange> = Vec::new();
         while let Some(event) = log.read().map_err(read_error)? {
             match event {
@@ -93,7 +95,18 @@ impl Layer {
                         }
                     }
                 }
-                Event::State { name, bytes } => parts.add(name, bytes)?,
+                Event::State { name: SHAPE, bytes } => {
+                    shape = Some(parts::parse::<Shape>(SHAPE, bytes).map_err(part_error)?);
+                }
+                Event::State { name: DIGESTS, bytes } => {
+                    let (words, _) = bytes.as_chunks();
+                    let words = words.iter().map(|word| u64::from_le_bytes(*word));
+                    digests.get_or_insert_with(Vec::new).extend(words);
+                }
+                Event::State { name: PARENT, bytes } => {
+                    parent = Some(PathBuf::from(OsStr::from_bytes(bytes)));
+                }
+                Event::State { name, bytes } => parts.add(name, bytes).map_err(part_error)?,
                 _ => {}
             }
         }
@@ -101,13 +114,18 @@ impl Layer {
             path: path.to_owned(),
             missing: missing.to_owned(),
         };
-        let digests = parts.digests.take().ok_or_else(|| missing("sums of its pages"))?;
-        let parent = match (header.parent, parts.parent.take()) {
+        let digests = digests.ok_or_else(|| missing("sums of its pages"))?;
+        let parent = match (header.parent, parent) {
             (None, _) => None,
             (Some(id), Some(path)) => Some((id, path)),
             (Some(_), None) => return Err(missing("path of what it builds on")),
         };
-        let saved = parts.finish()?;
+        let shape = shape.ok_or_else(|| missing("shape of a machine"))?;
+        let state = parts.finish(shape.cpus).map_err(|error| match error {
+            PartsError::Missing(part) => missing(part),
+            error => part_error(error),
+        })?;
+        let saved = Saved { shape, state };
         let memory: u64 = header.slots.iter().fold(0, |sum, slot| sum.saturating_add(slot.frames().bytes()));
         if memory != saved.shape.memory {
             return Err(SnapshotError::Layout { path: path.to_owned(), memory: saved.shape.memory });
@@ -295,69 +313,5 @@ impl PageSource for Chain {
             layer.image.filled(part).map_err(io::Error::other)?.into_iter().for_each(&mut *take);
         }
         Ok(())
-    }
-}
-
-/// What was found of the state.
-struct Parts<'a> {
-    path: &'a Path,
-    shape: Option<Shape>,
-    vm: Option<VmState>,
-    vcpus: Vec<VcpuState>,
-    devices: Option<DeviceState>,
-    digests: Option<Vec<u64>>,
-    parent: Option<PathBuf>,
-}
-
-impl<'a> Parts<'a> {
-    fn new(path: &'a Path) -> Parts<'a> {
-        Parts { path, shape: None, vm: None, vcpus: Vec::new(), devices: None, digests: None, parent: None }
-    }
-
-    fn parse<T: DeserializeOwned>(&self, part: &str, bytes: &[u8]) -> Result<T, SnapshotError> {
-        serde_json::from_slice(bytes).map_err(|source| SnapshotError::Part {
-            path: self.path.to_owned(),
-            part: part.to_owned(),
-            source,
-        })
-    }
-
-    fn add(&mut self, name: &str, bytes: &[u8]) -> Result<(), SnapshotError> {
-        match name {
-            SHAPE => self.shape = Some(self.parse(name, bytes)?),
-            VM => self.vm = Some(self.parse(name, bytes)?),
-            // More than any machine has are noticed at the end.
-            VCPU if self.vcpus.len() <= usize::from(u8::MAX) => {
-                let vcpu = self.parse(name, bytes)?;
-                self.vcpus.push(vcpu);
-            }
-            DEVICES => self.devices = Some(self.parse(name, bytes)?),
-            DIGESTS => {
-                let words = bytes.chunks_exact(8);
-                let words = words.map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
-                self.digests.get_or_insert_default().extend(words);
-            }
-            PARENT => self.parent = Some(std::ffi::OsStr::from_bytes(bytes).into()),
-            // Of a later version.
-            _ => {}
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Saved, SnapshotError> {
-        let missing = |missing: &str| SnapshotError::NotASnapshot {
-            path: self.path.to_owned(),
-            missing: missing.to_owned(),
-        };
-        let shape = self.shape.ok_or_else(|| missing("shape of a machine"))?;
-        let state = MachineState {
-            vm: self.vm.ok_or_else(|| missing("interrupt controllers"))?,
-            vcpus: self.vcpus,
-            devices: self.devices.ok_or_else(|| missing("devices"))?,
-        };
-        if state.vcpus.len() != usize::from(shape.cpus) {
-            return Err(missing("state of each vCPU"));
-        }
-        Ok(Saved { shape, state })
     }
 }

@@ -38,6 +38,7 @@ use crate::dump::DumpError;
 use crate::live::LiveError;
 use crate::memory::MemoryError;
 use crate::state::StateError;
+use crate::state::parts::PartsError;
 
 /// What a machine is made of, as far as its guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,15 +104,13 @@ pub enum SnapshotError {
         /// What it lacks.
         missing: String,
     },
-    /// A part of it makes no sense.
-    #[error("the {part} in the snapshot {} cannot be understood: {source}", path.display())]
-    Part {
+    /// The machine's state makes no sense, or is not all there.
+    #[error("the snapshot {} cannot be used: {source}", path.display())]
+    Parts {
         /// The directory.
         path: PathBuf,
-        /// Which part.
-        part: String,
         /// What is wrong.
-        source: serde_json::Error,
+        source: PartsError,
     },
     /// Memory of another layout.
     #[error("the snapshot {} has other memslots than this program makes for {memory} bytes of memory", path.display())]
@@ -175,9 +174,6 @@ pub enum SnapshotError {
     /// The last epoch.
     #[error(transparent)]
     Live(#[from] LiveError),
-    /// A part that cannot be written as JSON.
-    #[error("cannot put the machine's state into words: {0}")]
-    Json(#[from] serde_json::Error),
     /// Guest memory.
     #[error("cannot read or write guest memory: {0}")]
     Guest(#[from] vm_memory::GuestMemoryError),
@@ -205,9 +201,6 @@ impl SnapshotError {
 
 /// Names of the parts of the state.
 const SHAPE: &str = "shape";
-const VM: &str = "vm";
-const VCPU: &str = "vcpu";
-const DEVICES: &str = "devices";
 /// Of the image.
 const DIGESTS: &str = "digests";
 /// Path of what a diff builds on, as seen from the diff's directory where both are absolute.

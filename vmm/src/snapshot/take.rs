@@ -20,19 +20,20 @@ use dirty_track::addr::{Gfn, PAGE_BYTES, PAGE_SIZE, PageRange};
 use dirty_track::bitmap::{DirtyBitmap, PAGES_PER_WORD};
 use dirty_track::cow::{Cow, CowReport, Wanted};
 use dirty_track::image::ImageWriter;
-use dirty_track::log::{Compression, Header, LogWriter, Span, StreamId, WriteError};
+use dirty_track::log::{Compression, Header, LogWriter, Span, StreamId};
 use dirty_track::tracker::{Guarantees, Kind};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{Chain, Layer, Saved, end_of, header};
 use super::directory::{MEMORY, Partial, STATE, SUMS, io_error, relative};
-use super::{DEVICES, DIGESTS, PARENT, SHAPE, Shape, SnapshotError, VCPU, VM};
+use super::{DIGESTS, PARENT, SHAPE, Shape, SnapshotError};
 use crate::dump::{self, CREATOR};
 use crate::live::{Epoch, Observer};
 use crate::machine::Machine;
 use crate::memory::Ram;
 use crate::state::MachineState;
+use crate::state::parts::{self, PartsError};
 
 /// A snapshot that is asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -171,7 +172,7 @@ pub(crate) fn take(
     let saved = image.finish(&partial.file(SUMS))?;
     let parent_path = parent.as_ref().map(|base| relative(&request.path, &base.path));
     let behind =
-        Parts { digests: saved.digests, parent: parent_path.as_deref(), state: parts(shape, &taken.state)? };
+        Behind { digests: saved.digests, parent: parent_path.as_deref(), shape, state: &taken.state };
     write_state(&partial.file(STATE), head, &ranges, behind)?;
     partial.complete()?;
     if let Some(observer) = observer {
@@ -211,13 +212,8 @@ pub fn merge(chain: &Chain, saved: &Saved, place: &Path) -> Result<u64, Snapshot
     }
     let written = image.finish(&partial.file(SUMS))?;
     let Saved { shape, state } = saved;
-    let state = parts(shape, state)?;
-    write_state(
-        &partial.file(STATE),
-        head,
-        &ranges,
-        Parts { digests: written.digests, parent: None, state },
-    )?;
+    let behind = Behind { digests: written.digests, parent: None, shape, state };
+    write_state(&partial.file(STATE), head, &ranges, behind)?;
     partial.complete()?;
     Ok(written.pages)
 }
@@ -408,22 +404,12 @@ fn state(machine: &Machine) -> Result<MachineState, SnapshotError> {
     Ok(machine.pause().state()?.0)
 }
 
-/// The state in parts: name and bytes.
-fn parts(shape: &Shape, state: &MachineState) -> Result<Vec<(&'static str, Vec<u8>)>, SnapshotError> {
-    let MachineState { vm, vcpus, devices } = state;
-    let mut parts = vec![(SHAPE, serde_json::to_vec(shape)?), (VM, serde_json::to_vec(vm)?)];
-    for vcpu in vcpus {
-        parts.push((VCPU, serde_json::to_vec(vcpu)?));
-    }
-    parts.push((DEVICES, serde_json::to_vec(devices)?));
-    Ok(parts)
-}
-
 /// What goes behind the ranges.
-struct Parts<'a> {
+struct Behind<'a> {
     digests: Vec<u64>,
     parent: Option<&'a Path>,
-    state: Vec<(&'static str, Vec<u8>)>,
+    shape: &'a Shape,
+    state: &'a MachineState,
 }
 
 /// Digests in one record.
@@ -433,26 +419,28 @@ fn write_state(
     path: &Path,
     head: Header,
     ranges: &[PageRange],
-    parts: Parts<'_>,
+    behind: Behind<'_>,
 ) -> Result<(), SnapshotError> {
     let file = File::options().write(true).create_new(true).open(path).map_err(io_error("create", path))?;
-    let write = |out| -> Result<BufWriter<File>, WriteError> {
+    let write = |out| -> Result<BufWriter<File>, PartsError> {
         let mut log = LogWriter::new(out, head, Compression::None)?;
         let mut epoch = log.epoch(0, 0)?;
         epoch.ranges(ranges.iter().map(|&range| Span { range, flags: 0 }))?;
         epoch.finish()?;
-        for digests in parts.digests.chunks(DIGESTS_AT_ONCE) {
+        for digests in behind.digests.chunks(DIGESTS_AT_ONCE) {
             let bytes: Vec<u8> = digests.iter().flat_map(|digest| digest.to_le_bytes()).collect();
             log.state(DIGESTS, &bytes)?;
         }
-        if let Some(parent) = parts.parent {
+        if let Some(parent) = behind.parent {
             log.state(PARENT, parent.as_os_str().as_bytes())?;
         }
-        for (name, bytes) in &parts.state {
-            log.state(name, bytes)?;
-        }
+        parts::put(&mut log, SHAPE, behind.shape)?;
+        parts::write(&mut log, behind.state)?;
         Ok(log.finish()?.0)
     };
-    let mut out = write(BufWriter::with_capacity(1 << 18, file))?;
+    let mut out = write(BufWriter::with_capacity(1 << 18, file)).map_err(|error| match error {
+        PartsError::Write(error) => error.into(),
+        source => SnapshotError::Parts { path: path.to_owned(), source },
+    })?;
     out.flush().and_then(|()| out.get_ref().sync_all()).map_err(io_error("write", path))
 }

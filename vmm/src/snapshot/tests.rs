@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::directory::{MEMORY, STATE, SUMS};
 use super::*;
 use crate::state::DeviceState;
+use crate::state::parts::{DEVICES, VM};
 
 /// Two slots with a hole between them.
 const SLOTS: [SlotInfo; 2] =
@@ -174,7 +175,7 @@ fn what_makes_no_sense_is_refused_by_name() {
     let more = json!({ "memory": 65 * PAGE_SIZE, "cpus": 0, "disks": [], "rng": false, "builtin": true });
     refused(made(1, None).part(SHAPE, Some(&bytes(&more))), "other memslots");
     let cpus = json!({ "memory": 64 * PAGE_SIZE, "cpus": 2, "disks": [], "rng": false, "builtin": true });
-    refused(made(1, None).part(SHAPE, Some(&bytes(&cpus))), "state of each vCPU");
+    refused(made(1, None).part(SHAPE, Some(&bytes(&cpus))), "record of each vCPU");
     // It stands for itself, and has not all pages.
     refused(Made { ranges: vec![range(0, 40), range(65, 23)], ..made(1, None) }, "page of some");
     refused(made(1, Some((0, "../nowhere"))), "cannot be used");

@@ -3,13 +3,14 @@
 use std::io::Write;
 
 use dirty_track::log::{LogWriter, WriteError};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::{DeviceState, MachineState, VcpuState, VmState};
 
-const VM: &str = "vm";
+pub(crate) const VM: &str = "vm";
 const VCPU: &str = "vcpu";
-const DEVICES: &str = "devices";
+pub(crate) const DEVICES: &str = "devices";
 
 /// Why records are not a machine's state, or it cannot be made records.
 #[derive(Debug, thiserror::Error)]
@@ -35,14 +36,27 @@ pub enum PartsError {
 /// # Errors
 /// What the log says.
 pub fn write<W: Write>(log: &mut LogWriter<W>, state: &MachineState) -> Result<(), PartsError> {
-    let json = |part: &str, value: serde_json::Result<Vec<u8>>| {
-        value.map_err(|source| PartsError::Part { part: part.to_owned(), source })
-    };
-    log.state(VM, &json(VM, serde_json::to_vec(&state.vm))?)?;
-    for vcpu in &state.vcpus {
-        log.state(VCPU, &json(VCPU, serde_json::to_vec(vcpu))?)?;
-    }
-    Ok(log.state(DEVICES, &json(DEVICES, serde_json::to_vec(&state.devices))?)?)
+    put(log, VM, &state.vm)?;
+    state.vcpus.iter().try_for_each(|vcpu| put(log, VCPU, vcpu))?;
+    put(log, DEVICES, &state.devices)
+}
+
+/// Reads the record `part`.
+///
+/// # Errors
+/// [`PartsError::Part`].
+pub fn parse<T: DeserializeOwned>(part: &str, bytes: &[u8]) -> Result<T, PartsError> {
+    serde_json::from_slice(bytes).map_err(|source| PartsError::Part { part: part.to_owned(), source })
+}
+
+/// Writes the record `part`.
+///
+/// # Errors
+/// What the log says.
+pub fn put<W: Write>(log: &mut LogWriter<W>, part: &str, value: &impl Serialize) -> Result<(), PartsError> {
+    let bytes =
+        serde_json::to_vec(value).map_err(|source| PartsError::Part { part: part.to_owned(), source })?;
+    Ok(log.state(part, &bytes)?)
 }
 
 /// What was found of a state so far.
@@ -59,9 +73,6 @@ impl Parts {
     /// # Errors
     /// [`PartsError::Part`].
     pub fn add(&mut self, name: &str, bytes: &[u8]) -> Result<(), PartsError> {
-        fn parse<T: DeserializeOwned>(part: &str, bytes: &[u8]) -> Result<T, PartsError> {
-            serde_json::from_slice(bytes).map_err(|source| PartsError::Part { part: part.to_owned(), source })
-        }
         match name {
             VM => self.vm = Some(parse(name, bytes)?),
             // More than any machine has are noticed at the end.

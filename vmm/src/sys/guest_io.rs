@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
@@ -63,6 +63,92 @@ pub(crate) fn write_at<B: BitmapSlice>(
     // SAFETY: as in `read_at`; pwritev only reads through the pointers.
     let n = unsafe { libc::pwritev(file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int, offset) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// Writes `head` and then `buffers` to `file`, which is a socket, all of them.
+///
+/// # Errors
+/// Those of `writev(2)`. It is not known then how much was written.
+pub(crate) fn send<B: BitmapSlice>(
+    file: BorrowedFd<'_>,
+    head: &[u8],
+    buffers: &[VolatileSlice<'_, B>],
+) -> io::Result<()> {
+    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard).collect();
+    let mut iov = Vec::with_capacity(1 + buffers.len());
+    iov.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+    iov.extend(
+        guards
+            .iter()
+            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: guard.len() }),
+    );
+    let mut rest = &mut iov[..];
+    while !rest.is_empty() {
+        let count = rest.len().min(MAX_BUFFERS) as libc::c_int;
+        // SAFETY: every iovec covers `head`, which is borrowed, or a part of one slice of mapped guest memory, which the
+        // slices' lifetime and the guards keep mapped during the call; writev only reads through the pointers.
+        let written = unsafe { libc::writev(file.as_raw_fd(), rest.as_ptr(), count) };
+        rest = behind(rest, moved(written)?);
+    }
+    Ok(())
+}
+
+/// Fills `buffers` with what comes from `file`, which is a socket.
+///
+/// # Errors
+/// Those of `readv(2)`, and [`io::ErrorKind::UnexpectedEof`]. It is not known then how much was read.
+pub(crate) fn receive<B: BitmapSlice>(
+    file: BorrowedFd<'_>,
+    buffers: &[VolatileSlice<'_, B>],
+) -> io::Result<()> {
+    let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let mut iov: Vec<_> =
+        guards.iter().map(|g| libc::iovec { iov_base: g.as_ptr().cast(), iov_len: g.len() }).collect();
+    let mut rest = behind(&mut iov, 0);
+    let mut outcome = Ok(());
+    while !rest.is_empty() {
+        let count = rest.len().min(MAX_BUFFERS) as libc::c_int;
+        // SAFETY: as in `read_at`; what was read is taken off the front of the iovecs.
+        match moved(unsafe { libc::readv(file.as_raw_fd(), rest.as_ptr(), count) }) {
+            Ok(Some(0)) => outcome = Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => rest = behind(rest, read),
+            Err(error) => outcome = Err(error),
+        }
+        if outcome.is_err() {
+            break;
+        }
+    }
+    for buffer in buffers {
+        buffer.bitmap().mark_dirty(0, buffer.len());
+    }
+    outcome
+}
+
+/// What a system call has moved; `None`: it was interrupted before it had moved anything.
+fn moved(result: libc::ssize_t) -> io::Result<Option<usize>> {
+    match usize::try_from(result) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+/// What of `iov` is left behind its first `bytes`.
+fn behind(iov: &mut [libc::iovec], bytes: impl Into<Option<usize>>) -> &mut [libc::iovec] {
+    let (mut bytes, mut done) = (bytes.into().unwrap_or(0), 0);
+    for part in iov.iter_mut() {
+        let here = part.iov_len.min(bytes);
+        part.iov_base = part.iov_base.wrapping_byte_add(here);
+        part.iov_len -= here;
+        bytes -= here;
+        if part.iov_len > 0 {
+            break;
+        }
+        done += 1;
+    }
+    &mut iov[done..]
 }
 
 /// Fills the start of `buffer` with random bytes from the kernel. Returns how many: possibly fewer than

@@ -7,4 +7,5 @@ pub mod mmap;
 pub mod probe;
 pub(crate) mod rename;
 pub mod signals;
+pub(crate) mod splice;
 pub mod tty;
