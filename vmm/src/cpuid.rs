@@ -2,6 +2,7 @@
 //! work.
 
 use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -34,11 +35,23 @@ const KVM_HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
 /// go while a guest runs.
 const KVM_ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 
-/// The CPUID table that all vCPUs start from; [`for_cpu`] makes each one's own.
+/// The CPUID table that all vCPUs start from; [`for_cpu`] makes each one's own. KVM is asked once: each leaf is an
+/// instruction that a hypervisor under it traps.
 ///
 /// # Errors
 /// What KVM says.
-pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Error> {
+pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<&'static CpuId, kvm_ioctls::Error> {
+    static TABLE: OnceLock<CpuId> = OnceLock::new();
+    match TABLE.get() {
+        Some(table) => Ok(table),
+        None => Ok(TABLE.get_or_init({
+            let asked = ask(kvm, module)?;
+            || asked
+        })),
+    }
+}
+
+fn ask(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for entry in cpuid.as_mut_slice() {
@@ -228,19 +241,32 @@ const FEATURES: [Features; 10] = [
 /// # Errors
 /// See [`CpuidError`].
 pub fn check(kvm: &Kvm, module: KvmModule, state: &MachineState) -> Result<(), CpuidError> {
-    let mut supported = supported(kvm, module).map_err(CpuidError::Kvm)?;
-    if module == KvmModule::Pvm {
-        // It adds the processor's own features to these leaves, whatever it is told.
-        for entry in supported.as_mut_slice().iter_mut().filter(|entry| matches!(entry.function, 1 | 7 | 0xd))
-        {
-            let own = __cpuid_count(entry.function, entry.index);
-            entry.eax |= own.eax;
-            entry.ebx |= own.ebx;
-            entry.ecx |= own.ecx;
-            entry.edx |= own.edx;
+    let able = able(kvm, module).map_err(CpuidError::Kvm)?;
+    state.vcpus.iter().try_for_each(|vcpu| compare(vcpu.cpuid(), able.as_slice()))
+}
+
+/// The table that [`check`] holds a guest's against. Who has asked once need not wait for it later.
+///
+/// # Errors
+/// What KVM says.
+pub fn able(kvm: &Kvm, module: KvmModule) -> Result<&'static CpuId, kvm_ioctls::Error> {
+    static TABLE: OnceLock<CpuId> = OnceLock::new();
+    let supported = supported(kvm, module)?;
+    Ok(TABLE.get_or_init(|| {
+        let mut able = supported.clone();
+        if module == KvmModule::Pvm {
+            // It adds the processor's own features to these leaves, whatever it is told.
+            for entry in able.as_mut_slice().iter_mut().filter(|entry| matches!(entry.function, 1 | 7 | 0xd))
+            {
+                let own = __cpuid_count(entry.function, entry.index);
+                entry.eax |= own.eax;
+                entry.ebx |= own.ebx;
+                entry.ecx |= own.ecx;
+                entry.edx |= own.edx;
+            }
         }
-    }
-    state.vcpus.iter().try_for_each(|vcpu| compare(vcpu.cpuid(), supported.as_slice()))
+        able
+    }))
 }
 
 fn compare(wanted: &[kvm_cpuid_entry2], supported: &[kvm_cpuid_entry2]) -> Result<(), CpuidError> {

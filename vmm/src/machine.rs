@@ -357,8 +357,7 @@ impl Machine {
         for id in 0..config.cpus {
             let fd = vm.create_vcpu(u64::from(id)).map_err(kvm_error("create a vCPU"))?;
             // Before the segment registers: Linux 7.2 refuses them otherwise.
-            fd.set_cpuid2(&cpuid::for_cpu(&base, id, config.cpus))
-                .map_err(kvm_error("set a vCPU's CPUID"))?;
+            fd.set_cpuid2(&cpuid::for_cpu(base, id, config.cpus)).map_err(kvm_error("set a vCPU's CPUID"))?;
             // A host without them just has fewer figures to show.
             vcpu_stats.extend(Stats::of_vcpu(&fd).ok());
             let ring = dirty_rings.as_ref().map(|rings| rings.add_vcpu(&fd)).transpose()?;
@@ -373,6 +372,10 @@ impl Machine {
                 module,
                 doorman: config.doorman.clone(),
             });
+        }
+        if comes {
+            // The guest stands still when this is needed.
+            cpuid::able(&kvm, module).map_err(kvm_error("ask for the supported CPUID"))?;
         }
         timing.mark(Phase::Vcpus);
 
@@ -395,7 +398,7 @@ impl Machine {
             late_ram,
             fault,
             fault_config: config.fault,
-            physical_bits: cpuid::physical_bits(&base),
+            physical_bits: cpuid::physical_bits(base),
             ram,
             module,
             dirty_rings,
@@ -826,13 +829,12 @@ impl Paused<'_> {
     pub fn state(&self) -> Result<(MachineState, Vec<virtio::Paused>), StateError> {
         let machine = self.machine;
         let devices = machine.platform.pause();
-        let kvm = Kvm::new().map_err(StateError::kvm("open /dev/kvm"))?;
-        let numbers = MsrNumbers::of(&kvm)?;
+        let numbers = MsrNumbers::of_host()?;
         let taken = Arc::new(Mutex::new(Vec::new()));
         let errand = {
             let taken = Arc::clone(&taken);
             Arc::new(move |id: u8, fd: &VcpuFd| {
-                let state = VcpuState::take(id, fd, &numbers);
+                let state = VcpuState::take(id, fd, numbers);
                 taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(state);
             })
         };

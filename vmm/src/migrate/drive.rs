@@ -2,7 +2,7 @@
 //! tracker.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dirty_track::log::Span;
 use dirty_track::refine::{Shadow, refine};
@@ -20,6 +20,7 @@ use crate::live::{Epoch, Observer};
 use crate::machine::Machine;
 use crate::memory::{self, Ram};
 use crate::snapshot::Shape;
+use crate::state::MsrNumbers;
 
 /// A migration under way.
 pub(crate) struct Drive<'a> {
@@ -98,6 +99,8 @@ impl Drive<'_> {
 
     fn precopy(&mut self, mut copying: Copying) -> Result<(), MigrateError> {
         self.report.phase = Phase::Precopy;
+        // So that it need not be asked for when the guest stands still.
+        MsrNumbers::of_host().map_err(|error| MigrateError::Machine(error.to_string()))?;
         let ram = Arc::clone(self.machine.ram());
         let mut rounds = Rounds::default();
         // What is written from here on is owed after the first round.
@@ -145,15 +148,16 @@ impl Drive<'_> {
         let mut last = Sent::default();
         let cancel = self.cancel;
         let last_step = LastStep { machine: &machine, owed, later, shadow: &self.shadow, cancel };
+        let mut still = Duration::ZERO;
         let closed = self.observer.close_epoch_with(true, |harvest, _| {
             outcome = last_step.take(copying, harvest, &mut last);
+            still = stopped.elapsed();
         });
-        let still_ms = stopped.elapsed().as_secs_f64() * 1e3;
         drop(devices);
         self.sent(&last);
         self.report.last = Some(last.round(0));
         let said = outcome?;
-        self.report.still_ms = Some(still_ms);
+        self.report.still_ms = Some(still.as_secs_f64() * 1e3);
         if let Ok(epoch) = closed {
             (self.show)(&epoch);
         }

@@ -32,8 +32,8 @@ use crate::dump::{self, CREATOR};
 use crate::live::{Epoch, Observer};
 use crate::machine::Machine;
 use crate::memory::Ram;
-use crate::state::MachineState;
 use crate::state::parts::{self, PartsError};
+use crate::state::{MachineState, MsrNumbers};
 
 /// A snapshot that is asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -131,6 +131,8 @@ pub(crate) fn take(
         false => None,
     };
     let partial = Partial::begin(&request.path)?;
+    // So that it need not be asked for when the guest stands still.
+    MsrNumbers::of_host()?;
     let id = dump::stream_id()?;
     let slots = dump::slots(ram);
     let guarantees = observer

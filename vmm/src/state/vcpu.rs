@@ -5,6 +5,8 @@
 //! is a model-specific register that needs the APIC's timer mode; events come last, because the rest clears them (Linux,
 //! Documentation/virt/kvm/api.rst).
 
+use std::sync::OnceLock;
+
 use kvm_bindings::{
     CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -39,13 +41,18 @@ pub struct VcpuState {
 pub struct MsrNumbers(Vec<u32>);
 
 impl MsrNumbers {
-    /// Those of this host.
+    /// Those of this host. Who has asked once need not wait for them later.
     ///
     /// # Errors
     /// What KVM says.
-    pub fn of(kvm: &Kvm) -> Result<MsrNumbers, StateError> {
+    pub fn of_host() -> Result<&'static MsrNumbers, StateError> {
+        static NUMBERS: OnceLock<MsrNumbers> = OnceLock::new();
+        if let Some(numbers) = NUMBERS.get() {
+            return Ok(numbers);
+        }
+        let kvm = Kvm::new().map_err(StateError::kvm("open /dev/kvm"))?;
         let list = kvm.get_msr_index_list().map_err(StateError::kvm("list the model-specific registers"))?;
-        Ok(MsrNumbers(list.as_slice().to_vec()))
+        Ok(NUMBERS.get_or_init(|| MsrNumbers(list.as_slice().to_vec())))
     }
 }
 

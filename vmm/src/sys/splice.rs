@@ -8,12 +8,16 @@
 //!
 //! Source: Linux, mm/gup.c, fs/splice.c (`vmsplice_to_pipe`, `splice_to_socket`), net/unix/af_unix.c.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use dirty_track::addr::BLOCK_SIZE;
 use dirty_track::sys::pagemap::{Found, Pagemap};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
+
+use super::guest_io::{MAX_BUFFERS, behind};
 
 /// Bytes on their way: what an unprivileged pipe may hold (fs/pipe.c, `pipe_max_size`).
 const ROOM: usize = 1 << 20;
@@ -23,8 +27,9 @@ const ROOM: usize = 1 << 20;
 pub(crate) struct Splice {
     from: OwnedFd,
     to: OwnedFd,
-    room: usize,
     pagemap: Pagemap,
+    /// Of blocks, by their address, whether they are huge.
+    huge: HashMap<u64, bool>,
 }
 
 impl Splice {
@@ -41,42 +46,44 @@ impl Splice {
         // SAFETY: the descriptors were just made, and nobody else has them.
         let [from, to] = ends.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
         // SAFETY: F_SETPIPE_SZ takes an int and touches no memory of ours. Without it the pipe is a smaller one.
-        let room = unsafe { libc::fcntl(to.as_raw_fd(), libc::F_SETPIPE_SZ, ROOM as libc::c_int) };
-        let room = usize::try_from(room).unwrap_or(64 << 10);
-        Ok(Splice { from, to, room, pagemap: Pagemap::open()? })
+        let _ = unsafe { libc::fcntl(to.as_raw_fd(), libc::F_SETPIPE_SZ, ROOM as libc::c_int) };
+        Ok(Splice { from, to, pagemap: Pagemap::open()?, huge: HashMap::new() })
     }
 
-    /// Whether all of `memory` is mapped by huge pages. A kernel that does not tell (before Linux 6.7) says no.
-    pub(crate) fn pays<B: BitmapSlice>(&self, memory: &VolatileSlice<'_, B>) -> bool {
-        let guard = memory.ptr_guard();
-        let start = guard.as_ptr() as u64;
-        let end = start + guard.len() as u64;
-        let mut found = [Found::NOTHING; 1];
-        match self.pagemap.mapped(start, end, &mut found) {
-            Ok((1, _)) => found[0].is_huge() && found[0].addresses() == (start..end),
-            _ => false,
-        }
+    /// Whether `memory` is in a block that is mapped by a huge page, or was when it was first asked for. A kernel that does
+    /// not tell (before Linux 6.7) says no.
+    pub(crate) fn pays<B: BitmapSlice>(&mut self, memory: &VolatileSlice<'_, B>) -> bool {
+        let start = memory.ptr_guard().as_ptr() as u64 & !(BLOCK_SIZE - 1);
+        *self.huge.entry(start).or_insert_with(|| {
+            let mut found = [Found::NOTHING; 1];
+            match self.pagemap.mapped(start, start + BLOCK_SIZE, &mut found) {
+                Ok((1, _)) => found[0].is_huge() && found[0].addresses() == (start..start + BLOCK_SIZE),
+                _ => false,
+            }
+        })
     }
 
-    /// Sends all of `memory` to `socket`. After an error it is not known what was sent, and nothing else is to be.
+    /// Sends all of `buffers` to `socket`, in order. After an error it is not known what was sent, and nothing else is to be.
     ///
     /// # Errors
     /// Those of `vmsplice(2)` and `splice(2)`.
     pub(crate) fn send<B: BitmapSlice>(
         &self,
-        memory: &VolatileSlice<'_, B>,
+        buffers: &[VolatileSlice<'_, B>],
         socket: BorrowedFd<'_>,
     ) -> io::Result<()> {
-        let guard = memory.ptr_guard();
-        let mut done = 0;
-        while done < guard.len() {
-            let piece = libc::iovec {
-                iov_base: guard.as_ptr().wrapping_add(done).cast_mut().cast(),
-                iov_len: self.room.min(guard.len() - done),
-            };
-            // SAFETY: the iovec is a part of guest memory that stays mapped during the call. The kernel only reads from it,
+        let guards: Vec<_> = buffers.iter().map(VolatileSlice::ptr_guard).collect();
+        let mut iov: Vec<_> = guards
+            .iter()
+            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: guard.len() })
+            .collect();
+        let mut rest = behind(&mut iov, 0);
+        while !rest.is_empty() {
+            let count = rest.len().min(MAX_BUFFERS);
+            let (to, flags) = (self.to.as_raw_fd(), libc::SPLICE_F_NONBLOCK);
+            // SAFETY: the iovecs are parts of guest memory that stay mapped during the call. The kernel only reads from it,
             // and holds on to the pages, not the mapping, until they were read.
-            let piped = again(|| unsafe { libc::vmsplice(self.to.as_raw_fd(), &piece, 1, 0) })?;
+            let piped = again(|| unsafe { libc::vmsplice(to, rest.as_ptr(), count, flags) })?;
             let mut left = piped;
             while left > 0 {
                 let (from, to, null) = (self.from.as_raw_fd(), socket.as_raw_fd(), std::ptr::null_mut());
@@ -88,7 +95,7 @@ impl Splice {
                 }
                 left -= sent;
             }
-            done += piped;
+            rest = behind(rest, piped);
         }
         Ok(())
     }
@@ -121,7 +128,7 @@ mod tests {
 
     #[test]
     fn memory_arrives_whatever_backs_it() {
-        let splice = Splice::new().unwrap();
+        let mut splice = Splice::new().unwrap();
         for (huge, shared) in [(HugePages::Thp, false), (HugePages::None, false), (HugePages::None, true)] {
             let config = MemoryConfig { size: 16 << 20, huge, shared, ..MemoryConfig::default() };
             let ram = Ram::new(config).unwrap();
@@ -130,13 +137,18 @@ mod tests {
             let sent: Vec<u8> = (0..bytes - 4096).map(|at| (at / 5) as u8).collect();
             ram.mem().write_slice(&sent, GuestAddress(start)).unwrap();
             let memory = ram.mem().get_slice(GuestAddress(start), bytes).unwrap();
+            // As a whole, and cut into more parts than fit at once.
+            let mut parts = vec![memory.subslice(0, 3 << 20).unwrap()];
+            parts.extend(
+                (3 << 20..bytes).step_by(5000).map(|at| memory.subslice(at, 5000.min(bytes - at)).unwrap()),
+            );
             let (here, mut there) = UnixStream::pair().unwrap();
             let came = thread::scope(|scope| {
                 let reader = scope.spawn(move || {
                     let mut came = Vec::new();
                     there.read_to_end(&mut came).map(|_| came)
                 });
-                splice.send(&memory, here.as_fd()).unwrap();
+                splice.send(&parts, here.as_fd()).unwrap();
                 drop(here);
                 reader.join().unwrap().unwrap()
             });
@@ -154,7 +166,7 @@ mod tests {
         let (here, there) = UnixStream::pair().unwrap();
         drop(there);
         let memory = ram.mem().get_slice(GuestAddress(0), 8 << 20).unwrap();
-        let error = Splice::new().unwrap().send(&memory, here.as_fd()).unwrap_err();
+        let error = Splice::new().unwrap().send(&[memory], here.as_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 }
