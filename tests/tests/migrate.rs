@@ -7,6 +7,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use dirty_track::addr::{Gfn, PageRange, PageSize};
 use dirty_track::log::{Compression, Header, LogWriter, SlotInfo, StreamId};
@@ -329,16 +331,18 @@ fn a_guest_whose_pages_are_lost_does_not_go_on_without_them() {
     assert_eq!(source.migrated(&proxy.address(), POSTCOPY).0, Some(1));
     assert_eq!(source.wait(), None);
     wait_until("it serves", || destination.socket().exists());
-    wait_until("nobody runs", || {
-        let epochs = [destination.next_epoch(), destination.next_epoch()];
-        epochs.iter().all(|epoch| epoch["dirty_pages"] == epoch["host_pages"])
+    // An epoch ends when the vCPUs stand still, which they cannot do while they wait for a page.
+    wait_until("they wait", || {
+        let epoch = || destination.get("/dirty")["last"]["epoch"].clone();
+        let before = epoch();
+        thread::sleep(Duration::from_millis(500));
+        before == epoch()
     });
-    let totals = &destination.get("/dirty")["totals"];
-    assert_eq!((&totals["missed"], &totals["stray"]), (&json!(0), &json!(0)), "{totals}");
     // It can be ended all the same.
     destination.interrupt();
-    assert!(destination.wait().is_some());
-    assert!(!destination.stderr().contains("panicked"), "{}", destination.stderr());
+    assert_eq!(destination.wait(), Some(1));
+    assert!(destination.stderr().contains("waits for pages that do not come"), "{}", destination.stderr());
+    assert_eq!(destination.summary()["missed"], json!(0));
 }
 
 /// vCPUs that write faster than can be sent are held back until they do not.
@@ -347,7 +351,7 @@ fn a_guest_that_writes_too_fast_is_slowed_down() {
     let Some(mut source) = source("a_guest_that_writes_too_fast_is_slowed_down", CMDLINE) else { return };
     let mut destination = Monitor::waiting(&[]);
     let to = format!("unix:{}", destination.incoming().display());
-    let args = ["--auto-converge", "--bandwidth", "60M", "--downtime", "100ms"];
+    let args = ["--auto-converge", "--bandwidth", "20M", "--downtime", "50ms"];
     let (code, report) = source.migrated(&to, &args);
     assert_eq!((code, &report["phase"]), (Some(0), &json!("completed")), "{report}");
     assert!(report["slowed_percent"].as_u64() > Some(0), "{report}");
@@ -358,7 +362,7 @@ fn a_guest_that_writes_too_fast_is_slowed_down() {
     let Some(source) = self::source("a_guest_that_writes_too_fast_is_slowed_down", CMDLINE) else { return };
     let destination = Monitor::waiting(&[]);
     let to = format!("unix:{}", destination.incoming().display());
-    let (code, report) = source.migrated(&to, &["--bandwidth", "200M", "--downtime", "1us"]);
+    let (code, report) = source.migrated(&to, &["--bandwidth", "200M", "--downtime", "1ms"]);
     assert_eq!((code, &report["phase"]), (Some(1), &json!("failed")), "{report}");
     assert!(report["error"].as_str().is_some_and(|error| error.contains("--auto-converge")), "{report}");
     source.assert_runs("it would not converge");

@@ -127,6 +127,11 @@ impl Gate {
         self.publish(&state);
     }
 
+    /// Whether all threads were sent home.
+    pub fn is_stopped(&self) -> bool {
+        self.lock().stop
+    }
+
     /// Holds one vCPU back, or does not any more; whoever does so kicks it.
     pub(crate) fn hold_back(&self, vcpu: u8, hold: bool) {
         let _state = self.lock();

@@ -441,7 +441,7 @@ impl Observer {
     }
 
     /// Holds the record of how RAM is mapped against the kernel, with the vCPUs at a stand-still. Nothing to do where
-    /// the kernel handles faults.
+    /// the kernel handles faults, or nobody any more.
     ///
     /// # Errors
     /// [`LiveError::Record`].
@@ -449,6 +449,9 @@ impl Observer {
         let machine = Arc::clone(&self.machine);
         let Some(server) = machine.fault() else { return Ok(()) };
         let _still = machine.pause();
+        if machine.is_stopped() {
+            return Ok(());
+        }
         let once = matches!(Mmu::of(machine.module()), Mmu::Ept | Mmu::Npt);
         self.totals.record = Some(RecordReport::new(server, self.counters.maps(), once)?);
         self.totals.served = Some(Served::new(&server.counts(), None));

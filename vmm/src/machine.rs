@@ -532,6 +532,17 @@ impl Machine {
         }
     }
 
+    /// Stops the machine for good, because it cannot go on for this reason.
+    pub fn give_up(&self, reason: &str) {
+        self.outcome.report(End::Failed(reason.to_owned()));
+        self.stop();
+    }
+
+    /// Whether it has been stopped for good. Its memory is nobody's any more then, and no fault is served.
+    pub fn is_stopped(&self) -> bool {
+        self.gate.is_stopped()
+    }
+
     /// Stops the machine for good and waits for its threads. Idempotent.
     pub fn stop(&self) {
         self.gate.stop();

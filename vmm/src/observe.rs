@@ -227,9 +227,10 @@ impl Observing {
         Ok(Observing { commands, thread })
     }
 
-    /// Closes the last epoch, for which the machine must still stand, and tells the guest to end. When whoever reads
-    /// a dump has not taken the end of it after a while, `give_up` is to make sure that nobody waits for that.
-    pub(crate) fn finish(self, give_up: impl FnOnce()) -> Observed {
+    /// Closes the last epoch, for which `machine` must still stand, and tells the guest to end. When whoever reads
+    /// a dump has not taken the end of it after a while, `give_up` is to make sure that nobody waits for that. A guest that
+    /// waits for pages which do not come is stopped then: KVM waits for its vCPUs whenever a memslot changes.
+    pub(crate) fn finish(self, machine: &Machine, give_up: impl FnOnce()) -> Observed {
         // An observer that failed hears nothing any more.
         let _ = self.commands.send(Command::End);
         let deadline = Instant::now() + FOR_READERS;
@@ -237,11 +238,14 @@ impl Observing {
             thread::sleep(Duration::from_millis(1));
         }
         give_up();
+        if !self.thread.is_finished() && machine.fault().is_some_and(|server| server.counts().waiting > 0) {
+            machine.give_up("the guest waits for pages that do not come");
+        }
         self.thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
     }
 }
 
-/// How long the end of a dump waits for who reads it.
+/// How long the end of a dump waits for who reads it, and that of a guest for its pages.
 const FOR_READERS: Duration = Duration::from_secs(5);
 
 /// The observer.

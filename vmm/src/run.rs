@@ -330,7 +330,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
     if machine.end() == Some(End::Migrated) && api.is_some() {
         wait_until(FOR_A_CLIENT, || told.load(Ordering::Acquire));
     }
-    let mut observed = observing.finish(|| drop(api));
+    let mut observed = observing.finish(&machine, || drop(api));
     if builtin && machine.end().is_none() {
         wait_for_results(&machine);
     }

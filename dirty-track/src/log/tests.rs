@@ -483,7 +483,7 @@ fn contents_go_apart_and_come_as_they_went() {
         for (at, sound) in
             [(heads + HEAD + 8 + 3 * 16 + 5, true), (heads + HEAD + 9, false), (log_bytes - 30, false)]
         {
-            let mut damaged = bytes.clone();
+            let mut damaged = bytes[..log_bytes].to_vec();
             damaged[at] ^= 1;
             match read(&damaged) {
                 Ok(_) => assert!(sound, "{at}"),

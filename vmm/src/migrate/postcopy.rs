@@ -340,7 +340,8 @@ impl Rest {
         let Pools { urgent, bulk, .. } = &mut *pools;
         for lane in urgent.iter_mut().chain(bulk) {
             // A source that has gone needs not be told.
-            let _ = lane.write_all(&encode(PageRange { start: Gfn(0), pages: 0 }, COMPLETE));
+            let word = encode(PageRange { start: Gfn(0), pages: 0 }, COMPLETE);
+            let _ = lane.write_all(&word).and_then(|()| lane.flush());
         }
         self.changed.notify_all();
     }
