@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use dirty_track::fault::{Age, Split};
 use dirty_track::log::Compression;
 use dirty_track::rearm::Rearm;
@@ -116,8 +116,9 @@ struct MigrateArgs {
 #[derive(Args)]
 struct DirtyArgs {
     /// Control socket of the monitor: what `vmm run --api-socket` was given
-    #[arg(long, value_name = "PATH")]
-    api_socket: std::path::PathBuf,
+    // Before the verb or behind it, which clap offers for options only that need not be given.
+    #[arg(long, value_name = "PATH", global = true)]
+    api_socket: Option<std::path::PathBuf>,
     /// JSON on standard output
     #[arg(long, global = true)]
     json: bool,
@@ -439,7 +440,10 @@ fn epoch_options(args: &WatchArgs, memory: &MemoryConfig) -> Result<(), String> 
 }
 
 fn dirty_verb(args: DirtyArgs) -> Result<(), ClientError> {
-    let socket = &args.api_socket;
+    let Some(socket) = &args.api_socket else {
+        let missing = "--api-socket <PATH> is missing: give what `vmm run --api-socket` was given";
+        Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, missing).exit();
+    };
     match args.verb {
         DirtyVerb::Dump { interval, epochs, pages, full, compress, output } => {
             let interval_ms = interval.map_or(0, |interval| interval.as_millis() as u64);
