@@ -27,24 +27,23 @@ pub enum Error {
     NoExecutable(String, String),
 }
 
-/// The optimised build of the `vmm` command: `$VMM_BINARY` if that is set (it is in the rig), or else built on
+/// The `vmm` command: `$VMM_BINARY` if that is set (it is in the rig), or else built on
 /// the first call.
 pub fn vmm_binary() -> Result<PathBuf, Error> {
     match env::var_os(VMM_ENV) {
         Some(path) => Ok(path.into()),
-        None => executable(&["build", "--profile", "tested", "-p", "vmm", "--bin", "vmm"], "vmm"),
+        None => executable(&["build", "--workspace", "--bin", "vmm"], "vmm"),
     }
 }
 
-/// The optimised build of the memory stressor that goes into Linux guests.
+/// The memory stressor that goes into Linux guests.
 pub fn memstress_binary() -> Result<PathBuf, Error> {
-    executable(&["build", "--profile", "tested", "-p", "tests", "--bin", "memstress"], "memstress")
+    executable(&["build", "--workspace", "--bin", "memstress"], "memstress")
 }
 
-/// The optimised build of the integration test `name` of the workspace: unoptimised, what checks the guests takes
-/// longer in the rig than the build.
+/// The integration test `name` of the workspace.
 pub fn test_binary(name: &str) -> Result<PathBuf, Error> {
-    executable(&["test", "--profile", "tested", "--workspace", "--test", name, "--no-run"], name)
+    executable(&["test", "--workspace", "--test", name, "--no-run"], name)
 }
 
 /// Runs cargo once per process for each set of arguments.
