@@ -499,6 +499,7 @@ impl Watch {
             }
         };
         let _ = reply.send(Ok(()));
+        let report = MigrationReport { connections: copying.connections(), ..report };
         let drive = Drive {
             observer,
             machine,

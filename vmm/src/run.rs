@@ -296,6 +296,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
                 began: Instant::now(),
                 paused: Mutex::new(false),
                 cut: Mutex::default(),
+                asking: tokio::sync::Mutex::default(),
                 migration: Arc::clone(&migration),
                 told: Arc::clone(&told),
             };

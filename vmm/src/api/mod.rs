@@ -40,6 +40,8 @@ pub(crate) struct Subject {
     pub(crate) paused: Mutex<bool>,
     /// Of the newest dump that is a response.
     pub(crate) cut: Mutex<Cut>,
+    /// Held by who asks for a migration, until it is under way or refused: the other one is told then.
+    pub(crate) asking: tokio::sync::Mutex<()>,
     /// Ends the newest migration.
     pub(crate) migration: Arc<Mutex<Cancel>>,
     /// Whether a client has been told how a migration ended.

@@ -341,6 +341,7 @@ async fn migrate(
     Body(request): Body<MigrateRequest>,
 ) -> Answer<StatusCode> {
     let config = request.config().map_err(Failure::bad)?;
+    let _asking = subject.asking.lock().await;
     not_while_dumping(&subject)?;
     if *subject.paused.lock().unwrap_or_else(PoisonError::into_inner) {
         return Err(Failure(StatusCode::CONFLICT, "the machine is paused: resume it first".into()));

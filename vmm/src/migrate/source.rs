@@ -52,6 +52,9 @@ pub struct MigrateConfig {
 /// How long who has broken off may take to say why.
 const FOR_A_REASON: Duration = Duration::from_millis(500);
 
+/// How long another connection may take then.
+const FOR_ANOTHER: Duration = Duration::from_millis(5);
+
 /// Most connections.
 pub const MAX_CONNECTIONS: usize = 64;
 
@@ -173,6 +176,11 @@ impl Copying {
         })
     }
 
+    /// Connections that it has.
+    pub(crate) fn connections(&self) -> usize {
+        self.lanes.len()
+    }
+
     /// Sends the contents of `spans`, as they are now. With a `shadow`, what is sent of coarse ones is recorded there.
     pub(crate) fn send(
         &mut self,
@@ -256,12 +264,17 @@ impl Copying {
             return MigrateError::Cancelled;
         }
         let WriteError::Io(error) = error else { return error.into() };
-        let mut lane = self.lanes.swap_remove(0).into_out();
-        let said = lane.set_patience(Some(FOR_A_REASON)).map_err(NoteError::from);
-        match said.and_then(|()| Note::read(&mut lane)) {
-            Ok(Note::Refused { why }) => NoteError::Refused(why).into(),
-            _ => NoteError::Io(error).into(),
+        // On the connection where it was wrong; on the others, unless they are gone with it.
+        let mut patience = FOR_A_REASON;
+        for log in self.lanes.drain(..) {
+            let mut lane = log.into_out();
+            let said = lane.set_patience(Some(patience)).map_err(NoteError::from);
+            if let Ok(Note::Refused { why }) = said.and_then(|()| Note::read(&mut lane)) {
+                return NoteError::Refused(why).into();
+            }
+            patience = FOR_ANOTHER;
         }
+        NoteError::Io(error).into()
     }
 }
 
