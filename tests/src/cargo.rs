@@ -27,18 +27,23 @@ pub enum Error {
     NoExecutable(String, String),
 }
 
-/// The `vmm` command: `$VMM_BINARY` if that is set (it is in the rig), or else built on
-/// the first call.
+/// The `vmm` command: `$VMM_BINARY` if that is set (it is in the rig), or else built on the first call.
 pub fn vmm_binary() -> Result<PathBuf, Error> {
     match env::var_os(VMM_ENV) {
         Some(path) => Ok(path.into()),
-        None => executable(&["build", "--workspace", "--bin", "vmm"], "vmm"),
+        None => command("vmm"),
     }
 }
 
 /// The memory stressor that goes into Linux guests.
 pub fn memstress_binary() -> Result<PathBuf, Error> {
-    executable(&["build", "--workspace", "--bin", "memstress"], "memstress")
+    command("memstress")
+}
+
+/// A command of the workspace. A test is built with it, or cargo would leave out what only tests need of the libraries that
+/// both use, and build these once more.
+fn command(name: &str) -> Result<PathBuf, Error> {
+    executable(&["build", "--workspace", "--bin", name, "--test", "cli"], name)
 }
 
 /// The integration test `name` of the workspace.

@@ -47,7 +47,7 @@ const POLISH: u32 = 6;
 
 /// How much slower it becomes at first, and each time after that, in percent.
 const SLOW: (u8, u8) = (20, 15);
-const SLOWEST: u8 = 98;
+const SLOWEST: u8 = 99;
 
 /// How a precopy has gone so far.
 #[derive(Clone, Copy, Debug, Default)]
