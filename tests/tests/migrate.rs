@@ -354,7 +354,7 @@ fn a_guest_that_writes_too_fast_is_slowed_down() {
     let Some(mut source) = source(test, cmdline) else { return };
     let mut destination = Monitor::waiting(&[]);
     let to = format!("unix:{}", destination.incoming().display());
-    let args = ["--auto-converge", "--bandwidth", "100M", "--downtime", "100ms"];
+    let args = ["--auto-converge", "--bandwidth", "100M", "--downtime", "140ms"];
     let (code, report) = source.migrated(&to, &args);
     assert_eq!((code, &report["phase"]), (Some(0), &json!("completed")), "{report}");
     assert!(report["slowed_percent"].as_u64() > Some(0), "{report}");
@@ -608,8 +608,8 @@ fn a_disk_goes_with_its_guest() {
     let begin =
         || Monitor::observing(&["run", "--memory", "size=64M", "--disk", &disk, "--cmdline", CMDLINE]);
     let mut here = begin();
-    // There and back; the second time it is looked at while it is on its way.
-    for args in [PATIENT, &["--bandwidth", "20M", "--downtime", "1s"]] {
+    // There and back; the second time it is looked at while it is on its way, slowly: all that it has fits the downtime.
+    for args in [PATIENT, &["--bandwidth", "20M", "--downtime", "4s"]] {
         let there = Monitor::waiting(&["--disk", &disk]);
         let migrate = here.migrate(&format!("unix:{}", there.incoming().display()), args);
         while here.get("/vm/migrate")["phase"] == "precopy" {
