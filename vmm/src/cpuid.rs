@@ -42,13 +42,11 @@ const KVM_ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 /// What KVM says.
 pub fn supported(kvm: &Kvm, module: KvmModule) -> Result<&'static CpuId, kvm_ioctls::Error> {
     static TABLE: OnceLock<CpuId> = OnceLock::new();
-    match TABLE.get() {
-        Some(table) => Ok(table),
-        None => Ok(TABLE.get_or_init({
-            let asked = ask(kvm, module)?;
-            || asked
-        })),
+    if let Some(table) = TABLE.get() {
+        return Ok(table);
     }
+    let asked = ask(kvm, module)?;
+    Ok(TABLE.get_or_init(|| asked))
 }
 
 fn ask(kvm: &Kvm, module: KvmModule) -> Result<CpuId, kvm_ioctls::Error> {

@@ -1,5 +1,5 @@
-//! Outside bytes, as a fuzzer makes them up: each function takes any bytes, and whatever they are, it returns. A test calls
-//! them with what is kept in `fuzz/corpus/`.
+//! Outside bytes, as a fuzzer makes them up: each function takes any bytes, and whatever they are, it returns. The targets
+//! in `fuzz/` call these, and so does a test, with what is kept in `fuzz/corpus/`.
 
 use std::io::{self, Write};
 use std::net::Shutdown;
