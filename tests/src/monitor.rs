@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 use vmm::machine::open_kvm;
@@ -22,13 +23,16 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// No `vmm` of a test lives for longer: one that hangs is an error, and not a run without an end.
+const LIFETIME: Duration = Duration::from_secs(600);
+
 /// The `vmm` command, without standard input.
 ///
 /// # Panics
 /// When it cannot be built.
 pub fn vmm() -> Command {
     let mut command = Command::new(cargo::vmm_binary().expect("vmm can be built"));
-    command.stdin(Stdio::null());
+    sys::end_after(command.stdin(Stdio::null()), LIFETIME);
     command
 }
 

@@ -25,6 +25,18 @@ pub fn end_with_parent(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(hook) }
 }
 
+/// Makes the child end by SIGALRM when it takes longer than `limit`, so that nobody who waits for it does so for ever.
+pub fn end_after(command: &mut Command, limit: Duration) -> &mut Command {
+    let seconds = u32::try_from(limit.as_secs()).unwrap_or(u32::MAX);
+    let hook = move || {
+        // SAFETY: alarm is async-signal-safe and touches no memory; what it sets outlives exec (alarm(2)).
+        unsafe { libc::alarm(seconds) };
+        Ok(())
+    };
+    // SAFETY: the hook runs between fork and exec and keeps to async-signal-safe calls.
+    unsafe { command.pre_exec(hook) }
+}
+
 /// Rows and columns of the terminal on stdout, if it is one and knows.
 pub fn terminal_size() -> Option<(u16, u16)> {
     // SAFETY: winsize is plain numbers, for which zeroes are valid.

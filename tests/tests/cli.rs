@@ -6,21 +6,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
+use tests::monitor::{skipped as no_kvm, vmm};
 use tests::{cargo, skip, tiny};
-
-fn vmm() -> Command {
-    let mut command = Command::new(cargo::vmm_binary().unwrap());
-    command.stdin(Stdio::null());
-    command
-}
-
-fn no_kvm(test: &str) -> bool {
-    let missing = vmm::machine::open_kvm().err();
-    if let Some(error) = &missing {
-        skip::skip(test, &error.to_string());
-    }
-    missing.is_some()
-}
 
 struct Files(tempfile::TempDir);
 

@@ -8,7 +8,7 @@ use hyper::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::api::client::{Client, ClientError, block_on};
+use crate::api::client::{Client, ClientError, block_on, interruptions};
 use crate::board::DumpStatus;
 use crate::dump::DumpConfig;
 use crate::live::{Epoch, Totals};
@@ -38,6 +38,7 @@ const PROGRESS: Duration = Duration::from_millis(20);
 pub fn dump(socket: &Path, config: DumpConfig, output: &Path, json: bool) -> Result<(), ClientError> {
     let client = Client::new(socket);
     let status = block_on(async {
+        let mut interrupted = interruptions()?;
         let mut request = serde_json::to_value(config)?;
         if output == Path::new("-") {
             let stream = async {
@@ -47,7 +48,7 @@ pub fn dump(socket: &Path, config: DumpConfig, output: &Path, json: bool) -> Res
             tokio::pin!(stream);
             tokio::select! {
                 outcome = &mut stream => drop(outcome?),
-                _ = tokio::signal::ctrl_c() => {
+                _ = interrupted.recv() => {
                     // What is left of the stream is its end.
                     let (ended, outcome) = tokio::join!(end(&client), &mut stream);
                     ended?;
@@ -72,7 +73,7 @@ pub fn dump(socket: &Path, config: DumpConfig, output: &Path, json: bool) -> Res
             }
             tokio::select! {
                 () = tokio::time::sleep(PROGRESS) => {}
-                _ = tokio::signal::ctrl_c() => drop(end(&client).await?),
+                _ = interrupted.recv() => drop(end(&client).await?),
             }
         }
     })?;
@@ -148,6 +149,7 @@ pub fn snapshot(socket: &Path, output: &Path, diff: bool, json: bool) -> Result<
 pub fn watch(socket: &Path, json: bool) -> Result<(), ClientError> {
     let client = Client::new(socket);
     block_on(async {
+        let mut interrupted = interruptions()?;
         let mut seen = 0;
         loop {
             let target = format!("/dirty?after={seen}");
@@ -157,7 +159,7 @@ pub fn watch(socket: &Path, json: bool) -> Result<(), ClientError> {
                     Err(ClientError::Http(_) | ClientError::Connect { .. }) if seen > 0 => return Ok(()),
                     answer => answer?,
                 },
-                _ = tokio::signal::ctrl_c() => return Ok(()),
+                _ = interrupted.recv() => return Ok(()),
             };
             let dirty = Dirty::deserialize(&raw)?;
             let line = match (&dirty.last, &dirty.look) {

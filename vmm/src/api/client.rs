@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::answer::Problem;
 
@@ -39,6 +40,14 @@ pub enum ClientError {
     /// A system resource.
     #[error("cannot start a client: {0}")]
     System(#[source] io::Error),
+}
+
+/// Each Ctrl-C from now on, also those that come while nobody waits for one.
+///
+/// # Errors
+/// When the system refuses.
+pub fn interruptions() -> Result<Signal, ClientError> {
+    signal(SignalKind::interrupt()).map_err(ClientError::System)
 }
 
 /// A client of one monitor. Every call is a connection of its own.

@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use hyper::Method;
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::MigrateConfig;
 use super::report::{MigrationReport, Phase};
-use crate::api::client::{Client, ClientError, block_on};
+use crate::api::client::{Client, ClientError, block_on, interruptions};
 
 /// How often it is looked at.
 const PROGRESS: Duration = Duration::from_millis(20);
@@ -37,7 +36,7 @@ pub fn migrate(socket: &Path, config: &MigrateConfig, json: bool) -> Result<Migr
     let progress = io::stderr().is_terminal() && !json;
     let report = block_on(async {
         // From before it begins, so that none is lost.
-        let mut interrupted = signal(SignalKind::interrupt()).map_err(ClientError::System)?;
+        let mut interrupted = interruptions()?;
         let begun = client.call::<Value>(Method::PUT, "/vm/migrate", Some(&request));
         tokio::pin!(begun);
         loop {
