@@ -3,11 +3,11 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 
 use serde_json::Value;
 use tests::monitor::{skipped as no_kvm, vmm};
-use tests::{cargo, skip, tiny};
+use tests::{skip, tiny};
 
 struct Files(tempfile::TempDir);
 

@@ -169,14 +169,19 @@ fn a_destination_that_is_killed_early_leaves_the_guest_where_it_is() {
 
 #[test]
 fn a_silent_network_leaves_the_guest_where_it_is() {
-    let Some(source) = source("a_silent_network_leaves_the_guest_where_it_is", CMDLINE) else { return };
+    let test = "a_silent_network_leaves_the_guest_where_it_is";
     // Each takes as long as a side waits for the other.
-    for step in [Step::Pages(1), Step::Ready] {
-        let (report, destination) = broken(&source, 0, step, |_| Fault::Silence);
-        assert!(report.to_string().contains("does not answer"), "{step:?}: {report}");
-        assert_gave_up(destination, &format!("silence at {step:?}"));
-    }
-    source.end_well("after all of them");
+    thread::scope(|scope| {
+        for step in [Step::Pages(1), Step::Ready] {
+            scope.spawn(move || {
+                let Some(source) = source(test, CMDLINE) else { return };
+                let (report, destination) = broken(&source, 0, step, |_| Fault::Silence);
+                assert!(report.to_string().contains("does not answer"), "{step:?}: {report}");
+                assert_gave_up(destination, &format!("silence at {step:?}"));
+                source.end_well("after silence");
+            });
+        }
+    });
 }
 
 /// A source that is killed takes its guest with it, unless that has been given away.
