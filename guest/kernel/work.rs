@@ -10,7 +10,7 @@ use crate::layout::PAGE;
 use crate::paging::{WINDOW, map_shard};
 use crate::pattern::{Hot, Mixture, Pattern, Rng, Sequential, Strided, Uniform, Zipf};
 use crate::serial::Line;
-use crate::{CONTROL, Machine, clock, entry, io, smp};
+use crate::{CONTROL, Machine, clock, entry, io, serial, smp};
 
 /// What a vCPU leaves for the report, beyond what it counts in the control block.
 pub(crate) struct Figures {
@@ -130,6 +130,8 @@ impl<'a> Worker<'a> {
         };
         let (passes, reads) = (self.config.passes(), self.config.reads());
         let mut lines = Lines::new(self);
+        let beat = if self.cpu == 0 { self.config.beat } else { 0 };
+        let mut to_beat = beat;
         let mut pass = 0;
         loop {
             pattern.restart(&mut self.rng);
@@ -154,6 +156,13 @@ impl<'a> Worker<'a> {
                     unsafe { (*LATENCIES.0.get())[self.cpu as usize].add(clock::now() - start) };
                 }
                 left -= 1;
+                if beat > 0 {
+                    to_beat -= 1;
+                    if to_beat == 0 {
+                        to_beat = beat;
+                        serial::beat();
+                    }
+                }
             }
             self.busy += (clock::now() - begin).saturating_sub(self.waited() - waited);
             self.accesses += per_pass - left;

@@ -93,6 +93,8 @@ pub struct Config {
     pub nonzero: bool,
     /// `barrier=`: ring the doorbell at the end of every pass.
     pub barrier: bool,
+    /// `beat=`: print one byte after so many accesses of vCPU 0, so that who listens knows how far it is; 0: never.
+    pub beat: u64,
     /// `verify=`: check the whole region when all passes are done.
     pub verify: bool,
     /// `latency=`: time every access and report percentiles.
@@ -133,6 +135,7 @@ impl Config {
         populate: false,
         nonzero: false,
         barrier: false,
+        beat: 0,
         verify: false,
         latency: false,
         quiet: false,
@@ -198,6 +201,7 @@ impl Config {
             b"populate" => self.populate = switch(value)?,
             b"nonzero" => self.nonzero = switch(value)?,
             b"barrier" => self.barrier = switch(value)?,
+            b"beat" => self.beat = number(value, 0, u64::MAX)?,
             b"verify" => self.verify = switch(value)?,
             b"latency" => self.latency = switch(value)?,
             b"crash" => {
@@ -318,7 +322,7 @@ mod tests {
     fn every_key_is_taken() {
         let config = parse(
             "workload=zipf region=1G pages=7 passes=3 rate=5M/s seed=9 reads=30 stride=2 hot=5 cpus=4 \
-             tsc_khz=2100000 map=lazy around=16 ring=0 interrupts=on populate=on nonzero=on barrier=on verify=on \
+             tsc_khz=2100000 map=lazy around=16 ring=0 interrupts=on populate=on nonzero=on barrier=on beat=5 verify=on \
              latency=on quiet=on crash=halt",
         );
         let expected = Config {
@@ -340,6 +344,7 @@ mod tests {
             populate: true,
             nonzero: true,
             barrier: true,
+            beat: 5,
             verify: true,
             latency: true,
             quiet: true,

@@ -75,14 +75,6 @@ pub fn limit_file_size(child: &std::process::Child, bytes: Option<u64>) -> std::
     }
 }
 
-/// Processor time that the calling thread has had, a guest's included: what a busy host does not change.
-pub fn thread_cpu_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes one timespec, which is ours and outlives it. This clock exists on every Linux.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
 /// Kills a child process that has not been waited for.
 ///
 /// # Errors

@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod api;
+pub mod bench;
 mod beside;
 pub mod board;
 pub mod boot;

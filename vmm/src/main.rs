@@ -9,6 +9,8 @@ use dirty_track::log::Compression;
 use dirty_track::rearm::Rearm;
 use dirty_track::tracker::Kind;
 use vmm::api::client::ClientError;
+use vmm::bench::results::{Bench, Results, ResultsError};
+use vmm::bench::{self, BenchConfig, Ended};
 use vmm::boot::Kernel;
 use vmm::devices::virtio::disk::DiskConfig;
 use vmm::dirty;
@@ -48,12 +50,72 @@ enum Verb {
     /// Read, apply and draw dirty logs
     #[command(subcommand)]
     Log(LogVerb),
+    /// Measure what tracking costs on this host, and what this program is worth next to its limits and to QEMU
+    #[command(subcommand)]
+    Bench(BenchVerb),
     /// Say what this host can do for virtual machines and for tracking their memory
     Doctor {
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Subcommand)]
+enum BenchVerb {
+    /// Everything
+    All(BenchArgs),
+    /// What every tracker costs, by how much a guest writes
+    Dirty(BenchArgs),
+    /// What serving a guest's faults costs, by policy
+    Fault(BenchArgs),
+    /// How soon a snapshot runs
+    Restore(BenchArgs),
+    /// How fast a guest is moved, and how long it stands still for that
+    Migrate(BenchArgs),
+    /// How fast a guest starts
+    Boot(BenchArgs),
+    /// What got faster or slower from one run to another, by more than chance
+    #[command(after_help = "\
+Exit codes:
+  0  nothing got worse
+  1  the runs cannot be compared
+  2  the command line is wrong
+  6  something got worse")]
+    Compare {
+        /// What `--json` wrote before
+        before: std::path::PathBuf,
+        /// And after
+        after: std::path::PathBuf,
+        /// Differences below this many per cent are none
+        #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
+        threshold: f64,
+    },
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Exit codes:
+  0  all was measured, or skipped with a reason
+  1  nothing can be measured here
+  2  the command line is wrong
+  7  interrupted; what was measured until then is kept")]
+struct BenchArgs {
+    /// Over in minutes: less memory, fewer cases, fewer turns
+    #[arg(long)]
+    quick: bool,
+    /// Write the results as JSON, after every table
+    #[arg(long, value_name = "FILE")]
+    json: Option<std::path::PathBuf>,
+    /// Write a report to this directory: report.html, Markdown, CSV, plots
+    #[arg(long, value_name = "DIR")]
+    report: Option<std::path::PathBuf>,
+    /// Memory that a tracked guest works in [default: 256M, 64M if quick]
+    #[arg(long, value_name = "SIZE", value_parser = options::size)]
+    memory: Option<u64>,
+    /// The QEMU to compare with [default: qemu-system-x86_64, if it is there]
+    #[arg(long, value_name = "FILE")]
+    qemu: Option<std::path::PathBuf>,
 }
 
 #[derive(Args)]
@@ -624,6 +686,43 @@ fn main() -> ExitCode {
         Verb::Migrate(args) => migrate_verb(args),
         Verb::Dirty(args) => said(dirty_verb(args)),
         Verb::Log(verb) => said(log_verb(verb)),
+        Verb::Bench(verb) => bench_verb(verb),
         Verb::Doctor { json } => vmm::doctor::run(json),
+    }
+}
+
+fn bench_verb(verb: BenchVerb) -> ExitCode {
+    let (what, args) = match verb {
+        BenchVerb::All(args) => (Vec::new(), args),
+        BenchVerb::Dirty(args) => (vec![Bench::Dirty], args),
+        BenchVerb::Fault(args) => (vec![Bench::Fault], args),
+        BenchVerb::Restore(args) => (vec![Bench::Restore], args),
+        BenchVerb::Migrate(args) => (vec![Bench::Migrate], args),
+        BenchVerb::Boot(args) => (vec![Bench::Boot], args),
+        BenchVerb::Compare { before, after, threshold } => return compare_verb(&before, &after, threshold),
+    };
+    let BenchArgs { quick, json, report, memory, qemu } = args;
+    match bench::run(&BenchConfig { what, quick, memory, json, report, qemu, emulated: false }) {
+        Ok(Ended::Complete) => ExitCode::SUCCESS,
+        Ok(Ended::Interrupted) => ExitCode::from(7),
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare_verb(before: &std::path::Path, after: &std::path::Path, threshold: f64) -> ExitCode {
+    let read = || Ok::<_, ResultsError>((Results::read(before)?, Results::read(after)?));
+    match read() {
+        Ok((before, after)) => {
+            let comparison = bench::compare(&before, &after, threshold / 100.0);
+            print!("{comparison}");
+            if comparison.got_worse() { ExitCode::from(6) } else { ExitCode::SUCCESS }
+        }
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
@@ -300,7 +301,10 @@ impl<L: DirtyLog> Logged<L> {
             return Ok(());
         }
         self.rearm[index].plan(&mut self.buffer[..words]);
-        clear_reported(&mut self.log, slot, &self.buffer, dirty)
+        let began = Instant::now();
+        clear_reported(&mut self.log, slot, &self.buffer, dirty)?;
+        self.owed.protected_for(began.elapsed());
+        Ok(())
     }
 
     /// See [`Tracker::disarm`](super::Tracker::disarm).

@@ -5,6 +5,7 @@
 //! needs no undo: its pages are still in the set when the next harvest is added to it.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::addr::{Gfn, PageRange};
 use crate::bitmap::{self, PAGES_PER_WORD};
@@ -261,12 +262,14 @@ impl VcpuMarks<'_> {
 #[derive(Debug)]
 pub(crate) struct OwedSet {
     slots: Vec<SlotSet>,
+    /// See [`Harvest::protecting`].
+    protecting: Duration,
 }
 
 impl OwedSet {
     /// An empty set over `slots`, which are in the order of their addresses.
     pub(crate) fn new<'a>(slots: impl IntoIterator<Item = &'a Slot>) -> OwedSet {
-        OwedSet { slots: slots.into_iter().map(SlotSet::new).collect() }
+        OwedSet { slots: slots.into_iter().map(SlotSet::new).collect(), protecting: Duration::ZERO }
     }
 
     pub(crate) fn slot(&mut self, index: usize) -> &mut SlotSet {
@@ -312,7 +315,12 @@ impl OwedSet {
     }
 
     pub(crate) fn lend(&mut self) -> Harvest<'_> {
-        Harvest { owed: self }
+        Harvest { protecting: std::mem::take(&mut self.protecting), owed: self }
+    }
+
+    /// Notes that protecting what is lent next has taken so much longer.
+    pub(crate) fn protected_for(&mut self, time: Duration) {
+        self.protecting += time;
     }
 }
 
@@ -334,12 +342,20 @@ impl OwedSet {
 #[must_use = "dropping a harvest leaves its pages to the next one; commit it when they are dealt with"]
 pub struct Harvest<'a> {
     owed: &'a mut OwedSet,
+    protecting: Duration,
 }
 
 impl Harvest<'_> {
     /// Accepts the pages as dealt with: they are reported again only when they are written again.
     pub fn commit(self) {
         self.owed.clear();
+    }
+
+    /// How much of the harvest's time went into protecting again what it reports, for trackers to which that is a step of its
+    /// own (`kvm-manual`, where KVM_CLEAR_DIRTY_LOG does it, and `kvm-ring`, where KVM_RESET_DIRTY_RINGS does); nothing for the
+    /// others, which protect as they look.
+    pub fn protecting(&self) -> Duration {
+        self.protecting
     }
 
     /// The slots, in the order of their addresses, with or without dirty pages.

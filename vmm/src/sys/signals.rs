@@ -63,6 +63,18 @@ impl Drop for Signals {
     }
 }
 
+/// Asks a child process that has not been waited for to end, as Ctrl-C does.
+///
+/// # Errors
+/// What kill(2) says.
+pub fn interrupt(child: &std::process::Child) -> io::Result<()> {
+    // SAFETY: the call touches no memory; the child has not been reaped, so its process id is still its own.
+    match unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Lets `signal` pass without effect from now on, in the whole process.
 ///
 /// # Errors

@@ -2,6 +2,7 @@
 //! `kvm-ring`, apart from the kernel.
 
 use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::errno;
 
@@ -116,7 +117,7 @@ impl<R: Rings> Collector<R> {
 
     /// Serves a vCPU that left the guest because its ring is full: when this returns, it can go on.
     pub(super) fn serve_full(&mut self, vcpu: usize) -> Result<(), TrackerError> {
-        self.empty_rings(|this, other| other == vcpu || this.is_filling(other))
+        self.empty_rings(|this, other| other == vcpu || this.is_filling(other)).map(drop)
     }
 
     /// Empties the rings that are filling, so that their vCPUs need not wait for it. Costs one look at each
@@ -134,8 +135,8 @@ impl<R: Rings> Collector<R> {
         self.rings.holds(vcpu, filling(self.rings.entries()))
     }
 
-    /// Takes what the `chosen` rings hold, and has the pages protected again.
-    fn empty_rings(&mut self, chosen: impl Fn(&Self, usize) -> bool) -> Result<(), TrackerError> {
+    /// Takes what the `chosen` rings hold, and has the pages protected again. Returns how long the latter took.
+    fn empty_rings(&mut self, chosen: impl Fn(&Self, usize) -> bool) -> Result<Duration, TrackerError> {
         for vcpu in 0..self.rings.vcpus() {
             if !chosen(self, vcpu) {
                 continue;
@@ -148,7 +149,9 @@ impl<R: Rings> Collector<R> {
                 None => while take().is_some() {},
             }
         }
-        self.reset()
+        let began = Instant::now();
+        self.reset()?;
+        Ok(began.elapsed())
     }
 
     fn reset(&mut self) -> Result<(), TrackerError> {
@@ -286,7 +289,8 @@ impl<L: Logging> Ringed<L> {
             return Err(TrackerError::NotArmed);
         }
         // What is collected stays where it is when this fails.
-        collector.empty_rings(|_, _| true)?;
+        let reset = collector.empty_rings(|_, _| true)?;
+        self.owed.protected_for(reset);
         match &mut collector.collected {
             Some(collected) if !collected.empty => {
                 if std::mem::take(&mut collected.in_doubt) {

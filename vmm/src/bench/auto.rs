@@ -1,0 +1,130 @@
+//! Whether `--track auto` chose well: what its tracker costs next to the cheapest one that promises as much.
+//!
+//! What counts is an epoch: what it adds to the guest's own work, and what its harvest takes. Trackers that report more than was
+//! written, by their own word, promise less.
+
+use super::results::{Bench, Results, Row, Table};
+
+/// How far from the best is well enough.
+pub const WELL: f64 = 1.10;
+
+/// What the choice was worth in one table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Verdict {
+    /// The table.
+    pub title: String,
+    /// What an epoch costs under the tracker that was chosen, in milliseconds.
+    pub chosen: f64,
+    /// Under the best.
+    pub best: f64,
+    /// Which is this one.
+    pub tracker: String,
+}
+
+impl Verdict {
+    /// What the choice costs, the best being 1.
+    pub fn ratio(&self) -> f64 {
+        self.chosen / self.best
+    }
+
+    /// Whether it is good enough.
+    pub fn is_well(&self) -> bool {
+        self.ratio() <= WELL
+    }
+}
+
+/// In words, where the choice was not good enough.
+pub fn summary(results: &Results) -> String {
+    let verdicts = verdicts(results);
+    let missed: Vec<_> = verdicts
+        .iter()
+        .filter(|verdict| !verdict.is_well())
+        .map(|verdict| format!("{} ({:.2}x) at {}", verdict.tracker, verdict.ratio(), verdict.title))
+        .collect();
+    match missed.is_empty() {
+        _ if verdicts.is_empty() => "not measured".to_owned(),
+        true => "nowhere: an epoch takes at most 1.10 of what the best takes".to_owned(),
+        false => missed.join("; "),
+    }
+}
+
+/// What an epoch costs.
+fn cost(row: &Row) -> Option<f64> {
+    Some(row.figure("dirty memory")?.median + row.figure("get and clear")?.median)
+}
+
+/// For every table that has both.
+pub fn verdicts(results: &Results) -> Vec<Verdict> {
+    let dirty = results.tables.iter().filter(|table| table.bench == Bench::Dirty);
+    dirty.filter_map(|table| verdict(results, table)).collect()
+}
+
+fn verdict(results: &Results, table: &Table) -> Option<Verdict> {
+    let plain = |row: &&Row| row.case.get("rearm") == "all" && matches!(row.case.get("split"), "-" | "leaf");
+    let sound = |row: &&Row| results.host.sound.iter().any(|name| name == row.case.get("tracker"));
+    let costs: Vec<_> = table
+        .rows
+        .iter()
+        .filter(plain)
+        .filter(sound)
+        .filter_map(|row| Some((row.case.get("tracker"), cost(row)?)))
+        .collect();
+    let (_, chosen) = costs.iter().find(|(tracker, _)| *tracker == results.host.auto)?;
+    let (tracker, best) = costs.iter().min_by(|a, b| a.1.total_cmp(&b.1))?;
+    Some(Verdict { title: table.title.clone(), chosen: *chosen, best: *best, tracker: (*tracker).to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::results::{Better, Case, Figure, HostFacts, SCHEMA, Unit};
+    use super::*;
+
+    fn results(costs: &[(&str, &str, f64)]) -> Results {
+        let row = |&(tracker, rearm, cost): &(&str, &str, f64)| Row {
+            case: Case::of(&[("tracker", tracker), ("rearm", rearm), ("split", "-")]),
+            figures: vec![
+                Figure::of("dirty memory", Unit::Ms, Better::Lower, vec![cost * 0.75]),
+                Figure::of("get and clear", Unit::Ms, Better::Lower, vec![cost * 0.25]),
+            ],
+        };
+        let host = HostFacts {
+            auto: "kvm-manual".into(),
+            sound: ["kvm-bitmap", "kvm-manual", "exact"].map(str::to_owned).to_vec(),
+            ..HostFacts::default()
+        };
+        Results {
+            schema: SCHEMA,
+            vmm: String::new(),
+            began: String::new(),
+            seconds: 0.0,
+            quick: true,
+            complete: true,
+            host,
+            tables: vec![Table {
+                bench: Bench::Dirty,
+                title: "a table".into(),
+                rows: costs.iter().map(row).collect(),
+            }],
+            skipped: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_best_is_one_that_promises_as_much() {
+        // Cheaper are one that nobody can rely on here, and one that reports more than was written.
+        let costs = [
+            ("kvm-manual", "all", 2.0),
+            ("kvm-manual", "dense-skip", 0.1),
+            ("kvm-ring", "all", 0.5),
+            ("exact", "all", 1.6),
+        ];
+        let [verdict] = &verdicts(&results(&costs))[..] else { panic!("one table") };
+        assert_eq!((verdict.tracker.as_str(), verdict.is_well()), ("exact", false));
+        assert!((verdict.ratio() - 1.25).abs() < 1e-9);
+        let [verdict] = &verdicts(&results(&[("kvm-manual", "all", 1.0), ("exact", "all", 0.95)]))[..] else {
+            panic!("one table")
+        };
+        assert!(verdict.is_well());
+        assert_eq!(verdicts(&results(&[("exact", "all", 1.0)])), []);
+    }
+}
