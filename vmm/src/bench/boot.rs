@@ -51,6 +51,7 @@ fn group(config: &BenchConfig, monitors: &Monitors, gib: u64) -> Group<'static> 
     Group {
         bench: Bench::Boot,
         title: format!("the start of a guest of {memory}"),
+        lacks: None,
         expected,
         effort,
         contenders,

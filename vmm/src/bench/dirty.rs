@@ -23,6 +23,7 @@ use super::stage::{Stage, StageConfig};
 use super::turns::{Contender, Quantity, Readings};
 use super::{BenchConfig, BenchError, Group, Scale, stats};
 use crate::fault::FaultConfig;
+use crate::host;
 use crate::ledger::Ledger;
 use crate::machine::Machine;
 use crate::memory::{Faults, HugePages, MemoryConfig};
@@ -50,6 +51,9 @@ static MAX: Quantity = Quantity::new("stall max", Unit::Us, Better::Lower);
 
 /// How often a pass is made without tracking.
 const FREE: usize = 3;
+
+/// Bytes of a guest's memory besides those that it works in.
+const REST: u64 = 64 << 20;
 
 /// The epoch that a slow-down is told for.
 const SECOND: f64 = 1e3;
@@ -133,6 +137,18 @@ impl Load {
         if self.share < 100.0 { 4 } else { 1 }
     }
 
+    /// What this host has not got for it.
+    fn lacks(&self) -> Option<String> {
+        if self.huge != HugePages::Hugetlb2M {
+            return None;
+        }
+        let needed = (self.memory + REST) >> 21;
+        let free = host::probe().memory.hugetlb_2m.map_or(0, |pool| pool.free);
+        (free < needed).then(|| {
+            format!("it takes {needed} free pages in the pool of huge pages, and there are {free} (vm.nr_hugepages)")
+        })
+    }
+
     /// The guest's command line.
     fn cmdline(&self) -> String {
         let region = self.memory >> 20;
@@ -169,7 +185,7 @@ impl Load {
         Stage::start(StageConfig {
             cmdline,
             memory: MemoryConfig {
-                size: self.memory + (64 << 20),
+                size: self.memory + REST,
                 huge: self.huge,
                 fault: if served { Faults::Uffd } else { Faults::Kernel },
                 ..MemoryConfig::default()
@@ -249,6 +265,7 @@ fn group(config: &BenchConfig, load: Load) -> Group<'static> {
     Group {
         bench: Bench::Dirty,
         title,
+        lacks: load.lacks(),
         expected: turn * contenders.len() as u32 * config.turns(),
         effort,
         contenders,
@@ -480,7 +497,7 @@ fn stalls(config: &BenchConfig, load: Load) -> Group<'static> {
     let contenders: Vec<_> = contenders.collect();
     let title = "what a harvest holds up: single writes of a guest that is harvested every 20 ms".to_owned();
     let expected = (time + Duration::from_millis(60)) * contenders.len() as u32 * config.turns();
-    Group { bench: Bench::Dirty, title, expected, effort: config.effort(), contenders }
+    Group { bench: Bench::Dirty, title, lacks: None, expected, effort: config.effort(), contenders }
 }
 
 fn stall(load: Load, way: Way, time: Duration, readings: &mut Readings) -> Result<(), BenchError> {

@@ -146,7 +146,7 @@ fn cold(config: &BenchConfig, touch: Touch) -> Group<'static> {
     let turn = Duration::from_millis(30) + Duration::from_nanos(pages * 4000);
     let expected = turn * contenders.len() as u32 * config.turns();
     let title = format!("first {} of {mib} MiB, memory that is not there", touch.title);
-    Group { bench: Bench::Fault, title, expected, effort: config.effort(), contenders }
+    Group { bench: Bench::Fault, title, lacks: None, expected, effort: config.effort(), contenders }
 }
 
 /// Makes one pass over memory of which nothing is there, and returns what was touched.
@@ -196,7 +196,7 @@ fn first_writes(config: &BenchConfig) -> Group<'static> {
     let turn = Duration::from_millis(60) + Duration::from_nanos((mib << 8) * 12_000);
     let expected = turn * 2 * config.turns();
     let title = format!("first writes to {mib} MiB that are protected, one page each");
-    Group { bench: Bench::Fault, title, expected, effort: config.effort(), contenders }
+    Group { bench: Bench::Fault, title, lacks: None, expected, effort: config.effort(), contenders }
 }
 
 fn writes(mib: u64) -> String {

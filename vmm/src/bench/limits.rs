@@ -35,7 +35,7 @@ pub(super) fn groups(config: &BenchConfig) -> Vec<Group<'static>> {
     ];
     let expected = Duration::from_millis(mib as u64) * config.turns();
     let title = "what this host itself can do".to_owned();
-    vec![Group { bench: Bench::Limits, title, expected, effort: config.effort(), contenders }]
+    vec![Group { bench: Bench::Limits, title, lacks: None, expected, effort: config.effort(), contenders }]
 }
 
 /// How much longer than at its fastest the same work takes, half of the time at least; and how much is done in a second at its

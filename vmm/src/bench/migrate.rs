@@ -75,7 +75,7 @@ fn group(config: &BenchConfig, monitors: &Monitors, mib: u64, rate: Rate) -> Gro
     let title = format!("live migration of a guest of {mib} MiB that writes {written}");
     let mut effort = config.effort();
     effort.time *= 3;
-    Group { bench: Bench::Migrate, title, expected: turn * config.turns(), effort, contenders }
+    Group { bench: Bench::Migrate, title, lacks: None, expected: turn * config.turns(), effort, contenders }
 }
 
 fn workload(mib: u64, rate: Rate) -> String {

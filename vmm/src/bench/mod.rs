@@ -160,6 +160,8 @@ impl Scale {
 struct Group<'a> {
     bench: Bench,
     title: String,
+    /// Why this host cannot measure any of it.
+    lacks: Option<String>,
     /// How long it should take.
     expected: Duration,
     effort: Effort,
@@ -224,7 +226,12 @@ pub fn run(config: &BenchConfig) -> Result<Ended, BenchError> {
         if interrupt.seen() {
             break;
         }
-        let Group { bench, title, expected, effort, contenders } = group;
+        let Group { bench, title, lacks, expected, effort, contenders } = group;
+        if let Some(why) = lacks {
+            results.skipped.push(Skipped { what: format!("{bench}: {title}"), why });
+            progress.done(expected);
+            continue;
+        }
         let rows = in_turns(contenders, effort, &progress, &interrupt, |case, error| {
             let name = case.0.first().map_or("", |(_, value)| value.as_str());
             let skipped = Skipped { what: format!("{bench}: {name}"), why: error.to_string() };

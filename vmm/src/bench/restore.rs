@@ -49,7 +49,7 @@ fn group(config: &BenchConfig, monitors: &Monitors, mib: u64) -> Group<'static> 
     let turn = Duration::from_millis(900 + mib * 2);
     let expected = turn * contenders.len() as u32 * config.turns();
     let title = format!("a snapshot of {memory} that runs again");
-    Group { bench: Bench::Restore, title, expected, effort: config.effort(), contenders }
+    Group { bench: Bench::Restore, title, lacks: None, expected, effort: config.effort(), contenders }
 }
 
 /// Pages that the guest walks over.
