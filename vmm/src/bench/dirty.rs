@@ -280,8 +280,8 @@ struct Epoch {
     reported: u64,
     /// Pages that the guest wrote.
     wrote: u64,
-    /// Pages that were reported and only read.
-    reads: u64,
+    /// Pages that were reported and only read, where somebody looked.
+    reads: Option<u64>,
 }
 
 fn measure(load: Load, way: Way, readings: &mut Readings) -> Result<(), BenchError> {
@@ -335,8 +335,8 @@ fn measure(load: Load, way: Way, readings: &mut Readings) -> Result<(), BenchErr
             readings.add(&SLOWDOWN, (extra / SECOND * 100.0).max(0.0));
         }
         readings.add(&SENT, (seen.reported * PAGE_SIZE) as f64 / f64::from(1 << 20));
-        if load.reads > 0 {
-            readings.add(&READS, seen.reads as f64);
+        if let Some(reads) = seen.reads.filter(|_| load.reads > 0) {
+            readings.add(&READS, reads as f64);
         }
         readings.add(&HOST, ms(pass.host + seen.get + seen.clear));
     }
@@ -399,7 +399,7 @@ impl Log for Tracked {
             clear: protecting,
             reported,
             wrote: found.wrote,
-            reads: found.extra_read,
+            reads: Some(found.extra_read),
         })
     }
 
@@ -473,7 +473,7 @@ impl Log for Bare {
             reported += words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
         }
         let wrote = ledger.entered(epoch)?.wrote.iter().map(|word| u64::from(word.count_ones())).sum();
-        Ok(Epoch { get, clear, reported, wrote, reads: 0 })
+        Ok(Epoch { get, clear, reported, wrote, reads: None })
     }
 
     fn disarm(&mut self) -> Result<(), BenchError> {
