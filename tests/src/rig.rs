@@ -207,7 +207,7 @@ pub struct Outcome {
 }
 
 /// Lines of the console that an error quotes.
-const TAIL_LINES: usize = 40;
+const TAIL_LINES: usize = 80;
 
 impl Host {
     /// Boots L1, runs the payload with an empty stdin, and returns when L1 has ended. `on_line` sees each

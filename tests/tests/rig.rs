@@ -280,19 +280,28 @@ const LEFT_OUT: [&str; 4] = [
     "writers_harvests_drops_and_collapses_at_once_lose_nothing",
 ];
 
-/// The same, and huge pages of the pool: their MMU code is the default host's, or that of the one without the TDP MMU.
-const LEFT_OUT_ELSEWHERE: [&str; 6] =
-    [LEFT_OUT[0], LEFT_OUT[1], LEFT_OUT[2], LEFT_OUT[3], "--skip", "all_conform_over_hugetlb"];
+/// What is left out besides where these run on another kernel: huge pages of the pool, whose MMU code is the default host's, or
+/// that of the one without the TDP MMU.
+const LEFT_OUT_ELSEWHERE: [&str; 2] = ["--skip", "all_conform_over_hugetlb"];
+
+/// What is left out besides on another MMU: what the host's kernel does with memory, whoever maps it for a guest.
+const LEFT_OUT_ON_OTHER_MMUS: [&str; 8] =
+    ["--skip", "fault::", "--skip", "host_map::", "--skip", "reclaim::", "--skip", "touched::"];
 
 /// Runs test executables that need only KVM in L1, and tells what they skip.
 fn pass(test: &str, host: &Host, harnesses: &[&str]) {
     let Some(store) = store_or_skip(test, &host.kernel) else { return };
-    let args: &[&str] = match harnesses == TRACKING {
-        false => &[],
-        true if matches!(host.mmu, Mmu::Npt) && host.kernel == recipe::DEFAULT_SERIES => &LEFT_OUT,
-        true => &LEFT_OUT_ELSEWHERE,
-    };
-    let payload = e2e::payload(harnesses.iter().map(|name| (*name, args))).unwrap();
+    let mut args = Vec::new();
+    if harnesses == TRACKING {
+        args.extend(LEFT_OUT);
+        if matches!(host.mmu, Mmu::Shadow) || host.kernel != recipe::DEFAULT_SERIES {
+            args.extend(LEFT_OUT_ELSEWHERE);
+        }
+        if matches!(host.mmu, Mmu::Shadow) || !host.tdp_mmu {
+            args.extend(LEFT_OUT_ON_OTHER_MMUS);
+        }
+    }
+    let payload = e2e::payload(harnesses.iter().map(|name| (*name, args.as_slice()))).unwrap();
     let Outcome { status, console } = run(&store, host, &payload);
     assert_eq!(status, 0, "{console}");
     assert_eq!(console.matches("test result: ok").count(), harnesses.len(), "{console}");
