@@ -5,9 +5,9 @@ use std::hint::black_box;
 use std::io::{self, Read, Write};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dirty_track::addr::{Gfn, PAGE_BYTES, PageRange, PageSize};
+use dirty_track::addr::{Gfn, PAGE_BYTES, PageRange};
 use dirty_track::log::{Compression, Event, Header, LogReader, LogWriter, SlotInfo, Span, StreamId};
-use dirty_track::tracker::Guarantees;
+use dirty_track::tracker::{Backing, Kind};
 
 /// Pages of 256 MiB.
 const PAGES: u64 = 1 << 16;
@@ -19,14 +19,7 @@ fn header() -> Header {
         page_size: PAGE_BYTES as u64,
         slots: vec![SlotInfo { id: 0, first: 0, pages: PAGES }],
         tracker: "none".into(),
-        guarantees: Guarantees {
-            sees_guest_writes: true,
-            sees_host_writes: true,
-            may_report_reads: false,
-            granularity: PageSize::K4,
-            keeps_huge: true,
-            per_vcpu: false,
-        },
+        guarantees: Kind::None.guarantees(Backing::Private),
         contents: true,
         checked: true,
         creator: "a benchmark".into(),

@@ -76,7 +76,7 @@ fn a_run_is_kept_and_told_and_the_same_as_itself() {
     let (code, said, _) = compare(&json, &[]);
     assert!(code == Some(0) && said.contains("no change"), "{said}");
 
-    // Twice as slow, by its limit and by itself.
+    // Ten times as slow, by its limit and by itself.
     let mut slower = results.clone();
     let other = home.path().join("slower.json");
     for row in slower["tables"].as_array_mut().unwrap().iter_mut().flat_map(|table| {

@@ -43,7 +43,7 @@ pub fn summary(results: &Results) -> String {
         .collect();
     match missed.is_empty() {
         _ if verdicts.is_empty() => "not measured".to_owned(),
-        true => "nowhere: an epoch takes at most 1.10 of what the best takes".to_owned(),
+        true => format!("nowhere: an epoch takes at most {WELL:.2} of what the best takes"),
         false => missed.join("; "),
     }
 }
@@ -76,7 +76,8 @@ fn verdict(results: &Results, table: &Table) -> Option<Verdict> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::results::{Better, Case, Figure, HostFacts, SCHEMA, Unit};
+    use super::super::report::sample;
+    use super::super::results::{Better, Case, Figure, HostFacts, Unit};
     use super::*;
 
     fn results(costs: &[(&str, &str, f64)]) -> Results {
@@ -93,19 +94,13 @@ mod tests {
             ..HostFacts::default()
         };
         Results {
-            schema: SCHEMA,
-            vmm: String::new(),
-            began: String::new(),
-            seconds: 0.0,
-            quick: true,
-            complete: true,
             host,
             tables: vec![Table {
                 bench: Bench::Dirty,
                 title: "a table".into(),
                 rows: costs.iter().map(row).collect(),
             }],
-            skipped: Vec::new(),
+            ..sample::empty()
         }
     }
 

@@ -170,7 +170,8 @@ impl fmt::Display for Comparison {
 
 #[cfg(test)]
 mod tests {
-    use super::super::results::{Case, HostFacts, Limit, SCHEMA};
+    use super::super::report::sample;
+    use super::super::results::{Case, Limit};
     use super::*;
 
     /// A run on a host that is slow by `host`, of a program that is slow by `ours`, with samples that lie apart by `apart`.
@@ -190,18 +191,11 @@ mod tests {
         let bounded = figure("bounded", 3.0 * host * ours, Some(2.0 * host));
         let figures = vec![bounded, figure("free", 5.0 * host * ours, None)];
         Results {
-            schema: SCHEMA,
-            vmm: String::new(),
-            began: String::new(),
-            seconds: 0.0,
-            quick: true,
-            complete: true,
-            host: HostFacts::default(),
             tables: vec![
                 table(Bench::Limits, vec![figure("fault", host, None)]),
                 table(Bench::Dirty, figures),
             ],
-            skipped: Vec::new(),
+            ..sample::empty()
         }
     }
 

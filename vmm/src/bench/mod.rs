@@ -22,7 +22,7 @@ mod stats;
 mod turns;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use dirty_track::tracker::{Kind, TrackerError};
@@ -292,16 +292,14 @@ fn facts(host: &Host) -> HostFacts {
         mmu: host::Mmu::of(host::kvm_module()).to_string(),
         in_vm: host.in_vm,
         thp: host.memory.thp.clone(),
-        governor: read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        governor: host::text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         noise,
         emulated: throughput < EMULATED,
         auto: trackers.iter().find(|row| row.auto).map_or(String::new(), |row| row.name.to_owned()),
         sound: trackers.iter().filter(is_sound).map(|row| row.name.to_owned()).collect(),
-        load: read("/proc/loadavg").and_then(|load| load.split(' ').next()?.parse().ok()).unwrap_or(0.0),
+        load: host::text("/proc/loadavg")
+            .and_then(|load| load.split(' ').next()?.parse().ok())
+            .unwrap_or(0.0),
         pinned: stage::pins(),
     }
-}
-
-fn read(path: impl AsRef<Path>) -> Option<String> {
-    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }

@@ -16,7 +16,7 @@ use crate::fault::FaultConfig;
 use crate::ledger::Ledger;
 use crate::machine::{Machine, MachineConfig};
 use crate::memory::MemoryConfig;
-use crate::sys::cpu_time;
+use crate::sys::{affinity, cpu_time};
 use crate::timing::Timing;
 
 /// How long a guest may make no progress.
@@ -119,7 +119,7 @@ impl Stage {
         let doorman = move |vcpu: u8, bell: Doorbell, _: u32| {
             if pin && !PINNED.replace(true) {
                 // The first one is for everything else. Where it cannot be done it is not.
-                cpu_time::pin(1 + usize::from(vcpu));
+                affinity::pin(1 + usize::from(vcpu));
             }
             match bell {
                 Doorbell::Begin | Doorbell::Pass => {

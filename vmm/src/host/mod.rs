@@ -60,6 +60,6 @@ pub fn probe() -> Host {
 }
 
 /// A small text file of /proc or /sys, without white space around it; `None` when it is not to be read.
-fn text(path: impl AsRef<std::path::Path>) -> Option<String> {
+pub(crate) fn text(path: impl AsRef<std::path::Path>) -> Option<String> {
     fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }

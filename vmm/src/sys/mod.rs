@@ -1,5 +1,6 @@
 //! Everything unsafe of the monitor, in small pieces with safe faces.
 
+pub mod affinity;
 pub mod cpu_time;
 pub mod guest_io;
 pub mod kick;

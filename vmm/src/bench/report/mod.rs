@@ -12,7 +12,7 @@ mod markdown;
 mod markup;
 mod plot;
 #[cfg(test)]
-mod sample;
+pub(super) mod sample;
 mod terminal;
 mod words;
 

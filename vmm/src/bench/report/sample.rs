@@ -22,7 +22,7 @@ pub(super) fn row(pairs: &[(&str, &str)], figures: Vec<Figure>) -> Row {
     Row { case: Case::of(pairs), figures }
 }
 
-pub(super) fn empty() -> Results {
+pub(in crate::bench) fn empty() -> Results {
     Results {
         schema: SCHEMA,
         vmm: String::new(),
