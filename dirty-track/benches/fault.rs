@@ -8,6 +8,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use dirty_track::addr::PAGE_SIZE;
 use dirty_track::fault::{Config, FaultTracker, Policies, Server, Source};
 use dirty_track::region::RegionBitmap;
+use dirty_track::sys::uffd::lookout::Lookout;
 use dirty_track::sys::uffd::{Mode, Uffd, Wait};
 use dirty_track::tracker::{Slot, Tracker};
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MemoryRegionAddress};
@@ -98,7 +99,7 @@ fn first_write(bencher: &mut Criterion) {
     let stop = EventFd::new(EFD_NONBLOCK).unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
-            while uffd.wait(&stop).unwrap() == Wait::Faults {
+            while uffd.wait(&stop, &mut Lookout::default()).unwrap() == Wait::Faults {
                 if let Some(address) = uffd.fault().unwrap() {
                     uffd.unprotect(address & !(PAGE_SIZE - 1), PAGE_SIZE).unwrap();
                 }

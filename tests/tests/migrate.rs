@@ -323,7 +323,7 @@ fn a_guest_that_writes_too_fast_is_asked_for_page_by_page() {
 }
 
 /// More connections than these two, so that one is left when another breaks; too slow to converge.
-const POSTCOPY: &[&str] = &["--postcopy", "--connections", "3", "--bandwidth", "30M", "--downtime", "1ms"];
+const POSTCOPY: &[&str] = &["--postcopy", "--connections", "3", "--bandwidth", "10M", "--downtime", "1ms"];
 
 /// What is only at a source that is gone nobody has: the guest waits for it, and gets nothing else instead.
 #[test]

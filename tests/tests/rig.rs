@@ -248,6 +248,24 @@ fn stock_linux_is_dumped_kept_restored_and_moved_again_and_again() {
     assert!(passes > 0 && status == 0, "{status} {console}");
 }
 
+/// What it measures here is work; that it says so is what counts.
+#[test]
+fn the_bench_runs_and_says_that_times_mean_little() {
+    let test = "the_bench_runs_and_says_that_times_mean_little";
+    let Some(store) = store_or_skip(test, "6.12") else { return };
+    let script = "for bench in boot fault dirty; do vmm bench $bench --memory 2M --json /tmp/$bench || exit 1; done\n\
+                  vmm bench compare /tmp/dirty /tmp/dirty";
+    let payload = e2e::with_vmm(Payload::default()).unwrap().with_script(script);
+    let Outcome { status, console } = run(&store, &Host::default(), &payload);
+    assert_eq!(status, 0, "{console}");
+    assert_eq!(console.matches("times mean little").count(), 6, "{console}");
+    for said in
+        ["boot: the start", "first writes to 2 MiB that are protected", "kvm-ring", "no change beyond"]
+    {
+        assert!(console.contains(said), "{said}: {console}");
+    }
+}
+
 /// The yardstick: QEMU's microvm, which shows that rig, kernel and initramfs are good.
 #[test]
 fn qemu_boots_stock_linux_on_two_cpus() {

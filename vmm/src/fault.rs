@@ -19,7 +19,7 @@ use dirty_track::tracker::Slot;
 use serde::{Deserialize, Serialize};
 
 use crate::beside;
-use crate::memory::MemoryConfig;
+use crate::memory::{HugePages, MemoryConfig};
 
 /// What comes along with a missing page, as `--prefault` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +131,8 @@ pub fn start(
     let slots = slots.into_iter().map(|slot| (slot, source.clone())).collect();
     // A handler has time for the faults of some vCPUs: each sleeps through most of its own.
     let handlers = usize::from(cpus).div_ceil(CPUS_PER_HANDLER);
-    Server::start(slots, Config { policies, working_set, handlers, fill })
+    let huge = memory.huge == HugePages::Thp;
+    Server::start(slots, Config { policies, working_set, handlers, fill, huge })
 }
 
 const CPUS_PER_HANDLER: usize = 8;

@@ -510,12 +510,10 @@ impl Observer {
         self.machine.channel().begun().read().is_ok()
     }
 
-    /// Tells the built-in guest to end, if it has announced itself.
-    pub fn ask_guest_to_stop(&self) {
-        if let Some(ledger) = &self.ledger {
-            // A guest that does not hear is stopped anyway.
-            let _ = ledger.stop();
-        }
+    /// Tells the built-in guest to end, if it has announced itself. Whether it was told.
+    pub fn ask_guest_to_stop(&self) -> bool {
+        // A guest that does not hear is stopped anyway.
+        self.ledger.as_ref().is_some_and(|ledger| ledger.stop().is_ok())
     }
 
     /// Stops tracking.

@@ -317,6 +317,7 @@ impl Machine {
         // Memory that is yet to come is served when it is there.
         if config.memory.fault == Faults::Uffd && (boots || state.is_some()) {
             let fill = config.fault.source.is_some();
+            ram.expect_service();
             let server =
                 fault::start(slots_of(&ram), config.memory, config.cpus, config.fault.clone(), fill)?;
             let _ = fault.set(Arc::new(server));
@@ -423,6 +424,7 @@ impl Machine {
     /// What the fault server says.
     pub fn serve_faults(&self, source: Arc<dyn PageSource>) -> Result<Arc<Server>, MachineError> {
         let config = FaultConfig { source: Some(source), ..self.fault_config.clone() };
+        self.ram.expect_service();
         let server = fault::start(self.slots(), self.ram.config(), self.cpus as u8, config, false)?;
         Ok(Arc::clone(self.fault.get_or_init(|| Arc::new(server))))
     }

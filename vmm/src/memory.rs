@@ -305,11 +305,8 @@ impl Ram {
                 None => map(config, len)?,
             };
             if config.huge.hugetlb_shift().is_none() {
-                // Where a thread of this process brings every page, the kernel would still clear a huge one at
-                // each first fault of a block, only to find that the fault is not its own
-                // (mm/huge_memory.c, `__do_huge_pmd_anonymous_page`).
-                let advice = match (config.huge, config.fault) {
-                    (HugePages::Thp, Faults::Kernel) => HugeAdvice::Huge,
+                let advice = match config.huge {
+                    HugePages::Thp => HugeAdvice::Huge,
                     _ => HugeAdvice::Small,
                 };
                 let low = if gpa == 0 { LOW_MEMORY as usize } else { 0 };
@@ -327,6 +324,18 @@ impl Ram {
         }
         let mem = GuestRam::from_regions(views).map_err(|e| MemoryError::Layout(e.to_string()))?;
         Ok(Ram { mem, regions, config, anonymous: file.is_none() && !config.shared })
+    }
+
+    /// From now on a thread of this process brings every page that is not there yet. The kernel would still clear a huge
+    /// page at each first fault of a block, only to find that the fault is not its own (mm/huge_memory.c,
+    /// `__do_huge_pmd_anonymous_page`), unless it is told that there are to be none. Those that are there stay.
+    pub fn expect_service(&self) {
+        if self.config.huge.hugetlb_shift().is_none() {
+            for region in &self.regions {
+                // A kernel without THP says EINVAL.
+                let _ = region.mapping.advise(0, region.len as usize, HugeAdvice::Small);
+            }
+        }
     }
 
     /// Memory by guest-physical address.

@@ -171,6 +171,8 @@ pub(crate) struct Observed {
     pub(crate) totals: Option<Totals>,
     /// With a sample.
     pub(crate) looks: Option<Looks>,
+    /// The guest was told to end, and is going to print its results.
+    pub(crate) told: bool,
     pub(crate) show: Show,
     pub(crate) cost_ns: Option<f64>,
     pub(crate) failure: Option<LiveError>,
@@ -214,14 +216,11 @@ impl Observing {
                 // Only when its counter is full, and then it is readable.
                 let _ = failed.write(1);
             }
-            let totals = match &watch.eye.by {
-                By::Tracker(observer) => {
-                    observer.ask_guest_to_stop();
-                    Some(observer.totals())
-                }
-                By::Sample(..) | By::Nothing => None,
+            let (told, totals) = match &watch.eye.by {
+                By::Tracker(observer) => (observer.ask_guest_to_stop(), Some(observer.totals())),
+                By::Sample(..) | By::Nothing => (false, None),
             };
-            Observed { totals, looks: watch.looks, show: watch.show, cost_ns: watch.cost_ns, failure }
+            Observed { totals, looks: watch.looks, told, show: watch.show, cost_ns: watch.cost_ns, failure }
         };
         let thread = thread::Builder::new().name("observer".into()).stack_size(STACK).spawn(body)?;
         Ok(Observing { commands, thread })

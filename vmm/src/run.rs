@@ -332,7 +332,7 @@ pub fn run(mut config: RunConfig, timing: &Timing) -> Result<Outcome, RunError> 
         wait_until(FOR_A_CLIENT, || told.load(Ordering::Acquire));
     }
     let mut observed = observing.finish(&machine, || drop(api));
-    if builtin && machine.end().is_none() {
+    if observed.told && machine.end().is_none() {
         wait_for_results(&machine);
     }
     machine.stop();

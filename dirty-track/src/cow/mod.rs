@@ -52,6 +52,7 @@ use crate::addr::{BLOCK_SIZE, Gfn, PAGE_SHIFT, PageSize};
 use crate::bitmap::{self, DirtyBitmap};
 use crate::image::{ImageError, ImageWriter};
 use crate::sys::pagemap::{Found, Pagemap};
+use crate::sys::uffd::lookout::Lookout;
 use crate::sys::uffd::{Mode, Uffd, UffdError, Wait};
 use crate::tracker::change::Tracked;
 use crate::tracker::wp_slot::WpSlot;
@@ -435,9 +436,9 @@ impl Shared {
 
     /// Serves faults until told to stop.
     fn handle(&self, stop: &EventFd) {
-        let mut saver = Saver::new(self);
+        let (mut saver, mut lookout) = (Saver::new(self), Lookout::default());
         loop {
-            let fault = match self.uffd.wait(stop) {
+            let fault = match self.uffd.wait(stop, &mut lookout) {
                 Ok(Wait::Stopped) => return,
                 Ok(Wait::Faults) => self.uffd.fault(),
                 Err(error) => Err(error),

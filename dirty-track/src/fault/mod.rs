@@ -12,6 +12,15 @@
 //! record, wake. `EEXIST`, `EAGAIN` and `ENOENT` mean that somebody else was there: whoever sleeps looks again. An
 //! error of a [source](PageSource) keeps the guest's thread asleep, is [reported](Server::failure), and is tried again.
 //!
+//! # What comes unasked
+//! What was recorded of an earlier run, and then all the rest if [`Config::fill`] says so, is brought in by a thread that
+//! goes on from the block that the guest asked for last: who walks through memory finds the next blocks there. A block that
+//! comes whole, and that nobody tracks, is moved into the guest instead of copied ([`Config::huge`]): it was fetched into a
+//! huge page, and is one for the guest.
+//!
+//! A handler looks for the next fault for a while before it sleeps ([`lookout`](crate::sys::uffd::lookout)): to be woken
+//! takes longer than to serve.
+//!
 //! # Who tracks such memory
 //! No second userfaultfd can be registered there, so the server is a tracker itself: [`FaultTracker`]. It never misses a
 //! write. It has more than was written where the policies say so ([`Split::Block`], moved pages), which is marked as
@@ -40,6 +49,7 @@ mod serve;
 mod server;
 pub mod source;
 pub mod split;
+mod sweep;
 mod text;
 pub mod track;
 pub mod working_set;

@@ -1,5 +1,6 @@
 //! From a fault and what is recorded of its block to what is to be done: a pure function.
 
+use crate::addr::LEAVES_PER_BLOCK;
 use crate::fault::serve::Served;
 use crate::fault::{Age, Prefault, Split};
 use crate::stage2::{Block, Leaves};
@@ -44,6 +45,8 @@ pub(super) struct View {
     pub(super) origin: Origin,
     /// The slot's memory consists of huge pages, and of nothing smaller.
     pub(super) huge: bool,
+    /// Its memory may have huge pages, and takes them if they are moved there.
+    pub(super) moves: bool,
     /// Every first write is to be seen. Otherwise a page that was asked for counts as dirty as soon as it is there,
     /// and costs no second fault when it is written.
     pub(super) track: bool,
@@ -61,8 +64,15 @@ impl View {
             recorded,
             origin: slot.origin,
             huge: slot.huge,
+            moves: slot.moves,
             track,
         }
+    }
+
+    /// Whether `leaves` are moved if they are put there: only as a whole block, which is a huge page then, and only if they
+    /// need no protection, which cannot come with them.
+    fn moved(&self, leaves: Leaves, protected: bool) -> bool {
+        self.moves && self.origin == Origin::Buffer && leaves == Leaves::ALL && !protected
     }
 }
 
@@ -82,6 +92,8 @@ pub(super) struct Install {
     pub(super) filled: Leaves,
     /// That cache.
     pub(super) cached: bool,
+    /// Not copied but moved, as a huge page.
+    pub(super) moved: bool,
     /// With zeros.
     pub(super) zeroed: Leaves,
     /// All of them write-protected.
@@ -133,17 +145,31 @@ pub(super) fn plan(view: &View, leaf: usize, cause: Cause, policies: &Policies) 
     };
     let open = leaf_open && protected;
     let zero_page = !write && !protected && !view.huge;
-    Plan::Install(Install { filled, cached, zeroed, protected, open, written: write, zero_page })
+    let moved = !cached && view.moved(filled, protected);
+    Plan::Install(Install { filled, cached, moved, zeroed, protected, open, written: write, zero_page })
 }
 
-/// How `leaves`, all of them missing, are installed before anybody faulted. With `track` every first write is to be seen.
-pub(super) fn ahead(origin: Origin, leaves: Leaves, track: bool, age: Age) -> Install {
-    let zero = origin == Origin::Zero;
+/// Leaves of a block that are worth a huge page, if nothing of the block is there.
+const WORTH_A_HUGE_PAGE: usize = LEAVES_PER_BLOCK as usize / 2;
+
+/// What to do of the leaves `wanted` of a block before anybody faulted.
+pub(super) fn ahead(view: &View, wanted: Leaves, age: Age) -> Install {
+    let missing = wanted & view.own & !view.present & !view.dropped;
+    let protected = view.origin != Origin::Staged && (view.track || age == Age::Old);
+    let nothing_there = (view.present | view.dropped).is_empty();
+    let leaves = match missing.count() {
+        0 => missing,
+        _ if view.huge => view.own,
+        WORTH_A_HUGE_PAGE.. if nothing_there && view.moved(view.own, protected) => view.own,
+        _ => missing,
+    };
+    let zero = view.origin == Origin::Zero;
     Install {
         filled: if zero { Leaves::NONE } else { leaves },
-        cached: origin == Origin::Cache,
+        cached: view.origin == Origin::Cache,
+        moved: view.moved(leaves, protected),
         zeroed: if zero { leaves } else { Leaves::NONE },
-        protected: origin != Origin::Staged && (track || age == Age::Old),
+        protected,
         open: false,
         written: false,
         zero_page: false,
@@ -168,6 +194,7 @@ mod tests {
             recorded: Leaves::NONE,
             origin: Origin::Buffer,
             huge: false,
+            moves: false,
             track: false,
         }
     }
@@ -181,6 +208,7 @@ mod tests {
         let install = Install {
             filled: Leaves::range(66..80),
             cached: false,
+            moved: false,
             zeroed: Leaves::range(64..66),
             protected: true,
             open: true,
@@ -220,6 +248,50 @@ mod tests {
         assert_eq!((install.filled, install.zeroed), (Leaves::one(103), Leaves::NONE));
     }
 
+    #[test]
+    fn a_block_is_moved_if_it_comes_whole_and_needs_no_protection() {
+        let empty = View {
+            own: Leaves::ALL,
+            present: Leaves::NONE,
+            protected: Leaves::NONE,
+            dirty: Leaves::NONE,
+            dropped: Leaves::NONE,
+            moves: true,
+            ..view()
+        };
+        let moved = |view: &View, prefault, age| {
+            let Plan::Install(install) =
+                plan(view, 70, WRITE, &Policies { prefault, age, ..Policies::default() })
+            else {
+                panic!("it is missing")
+            };
+            install.moved
+        };
+        assert!(moved(&empty, Prefault::Block, Age::Young));
+        assert!(!moved(&empty, Prefault::Block, Age::Old));
+        assert!(!moved(&empty, Prefault::default(), Age::Young));
+        let not = [
+            View { track: true, ..empty },
+            View { present: Leaves::one(3), ..empty },
+            View { dropped: Leaves::one(3), ..empty },
+            View { moves: false, ..empty },
+            View { origin: Origin::Zero, ..empty },
+        ];
+        assert!(not.iter().all(|view| !moved(view, Prefault::Block, Age::Young)));
+        // Ahead of any fault, with the rest of the block if most of it is wanted.
+        let (half, less) = (Leaves::range(0..WORTH_A_HUGE_PAGE), Leaves::range(1..WORTH_A_HUGE_PAGE));
+        let install = ahead(&empty, half, Age::Young);
+        assert_eq!((install.moved, install.filled), (true, Leaves::ALL));
+        for (view, wanted, age) in [(empty, less, Age::Young), (empty, half, Age::Old)] {
+            let install = ahead(&view, wanted, age);
+            assert_eq!((install.moved, install.filled), (false, wanted));
+        }
+        for view in not {
+            let install = ahead(&view, half, Age::Young);
+            assert!(!install.moved && half.includes(&(install.filled | install.zeroed)));
+        }
+    }
+
     fn policies() -> impl Strategy<Value = Policies> {
         let split = prop_oneof![
             Just(Split::Leaf),
@@ -243,7 +315,7 @@ mod tests {
             words in any::<[[u64; 8]; 4]>(),
             which in 0..4usize,
             kind in 0..5usize,
-            track in any::<bool>(),
+            (track, moves) in any::<(bool, bool)>(),
             policies in policies(),
         ) {
             let origin = [Origin::Zero, Origin::Buffer, Origin::Cache, Origin::Staged][which];
@@ -259,6 +331,7 @@ mod tests {
                 recorded: Leaves(words[3]),
                 origin,
                 huge: false,
+                moves,
                 track,
             };
             let write = kind % 2 == 1;

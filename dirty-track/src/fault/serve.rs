@@ -12,7 +12,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use vmm_sys_util::errno;
@@ -22,13 +22,15 @@ use crate::fault::counts::{Counter, Counters};
 use crate::fault::plan::{Install, Origin, Plan, Policies, View, ahead, plan};
 use crate::fault::{Age, FaultError, PageSource, Prefault, WorkingSet};
 use crate::stage2::{Block, Contents, Kind, Leaves, Mapping, NoMemory, Seen, Spare, Stage2};
-use crate::sys::uffd::fill::Progress;
+use crate::sys::uffd::fill::{Progress, Staging};
 use crate::sys::uffd::message::Cause;
 
 /// What pages are filled with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) enum Fill<'a> {
     Bytes(&'a [u8]),
+    /// With what this has from that page on. It is moved if that can be done, and copied if not.
+    Lent(&'a mut Staging, usize),
     ZeroPage,
     Cache,
     Staged,
@@ -67,6 +69,8 @@ pub(super) struct Served {
     pub(super) source: Option<Arc<dyn PageSource>>,
     /// It consists of huge pages of 2 MiB.
     pub(super) huge: bool,
+    /// It takes such pages if they are moved there.
+    pub(super) moves: bool,
 }
 
 impl Served {
@@ -120,6 +124,8 @@ pub(super) struct Pager<K> {
     /// before the drop, and what is installed after it was planned with the knowledge of it. It is held shared until
     /// what was made writable is recorded, so a harvest that has held it alone finds that. Taken before any block.
     pub(super) news: RwLock<()>,
+    /// The block of the last fault of a missing page, or [`NONE`](crate::fault::sweep::NONE).
+    pub(super) asked: AtomicU64,
     pub(super) counters: Counters,
 }
 
@@ -127,8 +133,8 @@ pub(super) struct Pager<K> {
 #[derive(Debug, Default)]
 pub(super) struct Worker {
     pub(super) spare: Spare,
-    /// Contents of the leaves in `fetched` of the block that is being served, each at its place.
-    buffer: Vec<u8>,
+    /// Contents of the leaves in `fetched` of the block that is being served, each at its place. Made when it is needed.
+    buffer: Option<Staging>,
     fetched: Leaves,
     /// A block of zeros. Never written to, so it takes no memory.
     zeros: Vec<u8>,
@@ -138,15 +144,18 @@ pub(super) struct Worker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Done,
-    /// Mappings are changing, or are gone.
+    /// Mappings are changing.
     Again,
+    /// They are gone, or not served any more.
+    Gone(errno::Error),
     Failed(errno::Error),
 }
 
 impl End {
     fn of(error: i32) -> End {
         match error {
-            libc::EAGAIN | libc::ENOENT | libc::ESRCH => End::Again,
+            libc::EAGAIN => End::Again,
+            libc::ENOENT | libc::ESRCH => End::Gone(errno::Error::new(error)),
             error => End::Failed(errno::Error::new(error)),
         }
     }
@@ -184,6 +193,9 @@ impl<K: Kernel> Pager<K> {
             self.counters.strange.add(1);
             return Ok(());
         };
+        if cause != Cause::Protected {
+            self.asked.store(gfn.block(), Ordering::Relaxed);
+        }
         let slot = &self.slots[index];
         let leaf = (gfn.0 % LEAVES_PER_BLOCK) as usize;
         let mut policies = self.policies;
@@ -214,7 +226,7 @@ impl<K: Kernel> Pager<K> {
                 Plan::Install(install) => {
                     let (first, alone) = (block.first(), install.filled == Leaves::one(leaf));
                     drop((block, no_news));
-                    match worker.fetch(slot, first, &install.filled) {
+                    match worker.fetch(slot, first, &install) {
                         Ok(()) => {}
                         // A neighbour that cannot be had is no reason to let the guest wait.
                         Err(_) if !alone && !slot.huge => policies.prefault = Prefault::None,
@@ -240,27 +252,26 @@ impl<K: Kernel> Pager<K> {
             worker.spare.fill()?;
             let no_news = self.no_news();
             let Some(mut block) = self.stage2.block(gfn) else { return Ok(()) };
-            let missing = wanted(&block) & block.own() & !block.present() & !block.dropped();
-            if missing.is_empty() {
+            let view = View::of(&block, Leaves::NONE, slot, self.track.load(Ordering::Acquire));
+            let install = ahead(&view, wanted(&block), self.policies.age);
+            if (install.filled | install.zeroed).is_empty() {
                 return Ok(());
             }
-            let missing = if slot.huge { block.own() } else { missing };
-            let track = self.track.load(Ordering::Acquire);
-            let install = ahead(slot.origin, missing, track, self.policies.age);
             if !slot.has_at_hand(worker, &install) {
                 let first = block.first();
                 drop((block, no_news));
-                worker.fetch(slot, first, &missing).map_err(|source| FaultError::Fetch { gfn, source })?;
+                worker.fetch(slot, first, &install).map_err(|source| FaultError::Fetch { gfn, source })?;
                 continue;
             }
             let (end, done) = self.install(worker, &mut block, index, None, &install)?;
             drop((block, no_news));
             let outcome = self.wake(index, gfn, done, end);
-            if end != End::Again {
-                return outcome;
+            match end {
+                // Mappings change; a handler has to read that before it can go on.
+                End::Again => std::thread::yield_now(),
+                End::Gone(source) => return Err(FaultError::Install { gfn, source }),
+                End::Done | End::Failed(_) => return outcome,
             }
-            // Mappings change; a handler has to read that before it can go on.
-            std::thread::yield_now();
         }
     }
 
@@ -273,7 +284,7 @@ impl<K: Kernel> Pager<K> {
         leaf: Option<usize>,
         plan: &Install,
     ) -> Result<(End, Leaves), FaultError> {
-        let Worker { spare, buffer, zeros, .. } = worker;
+        let Worker { spare, buffer, fetched, zeros } = worker;
         let (slot, first) = (&self.slots[index], block.first());
         let one = leaf.map_or(Leaves::NONE, Leaves::one);
         let counters = &self.counters;
@@ -294,15 +305,20 @@ impl<K: Kernel> Pager<K> {
                         _ if zero => (Fill::Bytes(&zeros[bytes(&run)]), &counters.copies),
                         _ if plan.cached => (Fill::Cache, &counters.continues),
                         Origin::Staged => (Fill::Staged, &counters.moves),
+                        Origin::Buffer if plan.moved => (lent(buffer, run.start), &counters.moves),
                         // Of these two others, one has a cache and the other zeros.
                         Origin::Buffer | Origin::Cache | Origin::Zero => {
-                            (Fill::Bytes(&buffer[bytes(&run)]), &counters.copies)
+                            (Fill::Bytes(fetched_bytes(buffer, bytes(&run))), &counters.copies)
                         }
                     };
                     counter.add(1);
                     self.kernel.fill(index, slot.pages(first, &run), with, plan.protected)
                 });
             }
+        }
+        if plan.moved {
+            // What the kernel has moved, it may deny.
+            *fetched = Leaves::NONE;
         }
         let opened = plan.open && done.includes(&one) && end == End::Done;
         if let (true, Some(leaf)) = (opened, leaf)
@@ -375,7 +391,7 @@ impl<K: Kernel> Pager<K> {
 
     /// Wakes who sleeps at `leaves`, and says how it went.
     fn wake(&self, index: usize, gfn: Gfn, leaves: Leaves, end: End) -> Result<(), FaultError> {
-        if end == End::Again {
+        if matches!(end, End::Again | End::Gone(_)) {
             self.counters.again.add(1);
         }
         // One call wakes more cheaply than several, and whoever is woken in vain looks again.
@@ -383,11 +399,11 @@ impl<K: Kernel> Pager<K> {
         let hull = leaves.runs().reduce(|hull, run| hull.start..run.end);
         match (end, hull) {
             (End::Failed(source), _) => Err(FaultError::Install { gfn, source }),
-            (End::Done | End::Again, Some(hull)) => {
+            (_, Some(hull)) => {
                 self.kernel.wake(index, self.slots[index].pages(first, &hull));
                 Ok(())
             }
-            (End::Done | End::Again, None) => Ok(()),
+            (_, None) => Ok(()),
         }
     }
 
@@ -473,17 +489,32 @@ fn fill_run(
     End::Done
 }
 
+/// What `buffer` has at `range`. What was never fetched has no bytes, which nothing can be filled with.
+fn fetched_bytes(buffer: &mut Option<Staging>, range: Range<usize>) -> &[u8] {
+    buffer.as_mut().and_then(|buffer| buffer.bytes().get(range)).unwrap_or_default()
+}
+
+/// The pages of `buffer` from `page` on, as [`fetched_bytes`].
+fn lent(buffer: &mut Option<Staging>, page: usize) -> Fill<'_> {
+    buffer.as_mut().map_or(Fill::Bytes(&[]), |buffer| Fill::Lent(buffer, page))
+}
+
 impl Worker {
-    /// Fetches `leaves` of the block at `first`, as far as they are not at hand.
-    fn fetch(&mut self, slot: &Served, first: Gfn, leaves: &Leaves) -> io::Result<()> {
-        if self.buffer.is_empty() {
-            self.buffer.resize(BLOCK_SIZE as usize, 0);
+    /// Fetches what `install` fills of the block at `first`, as far as it is not at hand.
+    fn fetch(&mut self, slot: &Served, first: Gfn, install: &Install) -> io::Result<()> {
+        let buffer = match &mut self.buffer {
+            Some(buffer) => buffer,
+            none => none.insert(Staging::new(LEAVES_PER_BLOCK as usize)?),
+        };
+        if install.moved {
+            self.fetched = Leaves::NONE;
+            buffer.prepare_huge()?;
         }
         let source = slot.source.as_ref().ok_or(io::ErrorKind::Unsupported)?;
-        let missing = *leaves & !self.fetched;
+        let missing = install.filled & !self.fetched;
         for run in missing.runs() {
             let pages = PageRange { start: Gfn(first.0 + run.start as u64), pages: run.len() as u64 };
-            source.fetch(pages, &mut self.buffer[run.start * PAGE_BYTES..run.end * PAGE_BYTES])?;
+            source.fetch(pages, &mut buffer.bytes()[run.start * PAGE_BYTES..run.end * PAGE_BYTES])?;
             self.fetched |= Leaves::range(run);
         }
         Ok(())

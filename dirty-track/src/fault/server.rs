@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -11,16 +11,18 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PageRange, PageSize};
+use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange, PageSize};
 use crate::fault::counts::Counts;
 use crate::fault::plan::{Origin, Policies};
 use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
+use crate::fault::sweep::{NONE, Part, Sweep};
 use crate::fault::{FaultError, Prefault, Source, WorkingSet};
 use crate::stage2::{Block, Disagreement, Leaves, Seen, Stage2};
 use crate::sys::pagemap::{Found, Pagemap};
 use crate::sys::uffd::fill::{Progress, Staging, cold};
+use crate::sys::uffd::lookout::Lookout;
 use crate::sys::uffd::message::{Cause, Message};
-use crate::sys::uffd::{Mode, Uffd, Wait};
+use crate::sys::uffd::{Mode, Uffd, UffdError, Wait};
 use crate::tracker::change::Tracked;
 use crate::tracker::wp_slot::WpSlot;
 use crate::tracker::{Backing, Slot};
@@ -37,11 +39,21 @@ pub struct Config {
     pub handlers: usize,
     /// What nobody asks for is brought in from the first fault on, by a thread that gives way to handlers.
     pub fill: bool,
+    /// Private anonymous memory gets huge pages (THP) where a block comes as a whole from a [`Source::Fetch`] and needs no
+    /// protection: such a block is moved instead of copied. Without Linux 6.8, or without a huge page at hand, it has
+    /// small ones.
+    pub huge: bool,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        Config { policies: Policies::default(), working_set: WorkingSet::default(), handlers: 1, fill: false }
+        Config {
+            policies: Policies::default(),
+            working_set: WorkingSet::default(),
+            handlers: 1,
+            fill: false,
+            huge: false,
+        }
     }
 }
 
@@ -85,14 +97,14 @@ impl Server {
     /// [`FaultError::Userfaultfd`]; [`FaultError::Pagemap`] and [`FaultError::Look`]; [`FaultError::Slot`] when a slot and its source do not go together;
     /// [`FaultError::Config`]; [`FaultError::Register`]; [`FaultError::Handler`].
     pub fn start(slots: Vec<(Slot, Source)>, config: Config) -> Result<Server, FaultError> {
-        let Config { policies, working_set, handlers, fill } = config;
+        let Config { policies, working_set, handlers, fill, huge } = config;
         if handlers == 0 {
             return Err(FaultError::Config("there must be a handler"));
         }
         if policies.prefault == Prefault::Recorded && working_set.ranges().is_empty() {
             return Err(FaultError::Config("prefault=recorded needs a working set that was recorded before"));
         }
-        let moves = slots.iter().any(|(_, source)| matches!(source, Source::Staged(_)));
+        let staged = slots.iter().any(|(_, source)| matches!(source, Source::Staged(_)));
         let mut served: Vec<(WpSlot, Source)> = Vec::new();
         for (slot, source) in slots {
             let wp = WpSlot::all(vec![slot])?;
@@ -103,7 +115,10 @@ impl Server {
             check(slot, source).map_err(|why| FaultError::Slot { id: slot.id(), why })?;
         }
         let stage2 = Stage2::new(served.iter().map(|(slot, _)| slot.slot().frames()))?;
-        let uffd = Uffd::open(Mode::Serve { moves })?;
+        let (uffd, huge) = match Uffd::open(Mode::Serve { moves: staged || huge }) {
+            Err(UffdError::Feature { .. }) if !staged => (Uffd::open(Mode::Serve { moves: false })?, false),
+            opened => (opened?, huge),
+        };
         let slots = served
             .iter()
             .map(|(slot, source)| Served {
@@ -115,6 +130,7 @@ impl Server {
                     _ => None,
                 },
                 huge: slot.page() == PageSize::M2,
+                moves: huge && slot.backing() == Backing::Private,
             })
             .collect();
         let staging = served.iter().map(|(_, source)| match source {
@@ -133,6 +149,7 @@ impl Server {
             working_set,
             track: AtomicBool::new(false),
             news: RwLock::new(()),
+            asked: AtomicU64::new(NONE),
             counters: Default::default(),
         };
         let shared = Arc::new(Shared { pager, ending: AtomicBool::new(false), failure: Mutex::new(None) });
@@ -143,40 +160,32 @@ impl Server {
         }
         server.register()?;
         server.shared.pager.adopt()?;
-        if policies.prefault == Prefault::Recorded {
-            server.work_ahead().map_err(FaultError::Handler)?;
-        }
-        if fill {
-            server.fill_meanwhile().map_err(FaultError::Handler)?;
+        let recorded = policies.prefault == Prefault::Recorded;
+        if recorded || fill {
+            server.bring_ahead(recorded, fill).map_err(FaultError::Handler)?;
         }
         Ok(server)
     }
 
-    /// Brings the working set in before it is asked for. Who asks earlier is served as ever, with what the working set
-    /// has of that block.
-    fn work_ahead(&mut self) -> io::Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let work = move || {
-            // A source that panics here is asked again by a handler, which reports it.
-            let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead()));
-        };
-        self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
-        Ok(())
-    }
-
-    /// Brings in what nobody asks for, once somebody has asked for something: before, a guest is being made that should start
-    /// soon.
-    fn fill_meanwhile(&mut self) -> io::Result<()> {
+    /// Brings pages in before they are asked for: those of the working set at once, and then what nobody asks for, once
+    /// somebody has asked for something: before, a guest is being made that should start soon. Who asks earlier is served
+    /// as ever.
+    fn bring_ahead(&mut self, recorded: bool, fill: bool) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let work = move || {
             // A source that fails or panics here is asked again by a handler, which reports it.
+            if recorded {
+                let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead()));
+            }
             let begun = || shared.pager.counters.now().missing > 0 || shared.ending.load(Ordering::Relaxed);
-            while !begun() {
+            while fill && !begun() {
                 thread::sleep(BEFORE_FILLING);
             }
-            let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest()));
+            if fill {
+                let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest()));
+            }
         };
-        self.threads.push(thread::Builder::new().name("fault-fill".into()).spawn(work)?);
+        self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
         Ok(())
     }
 
@@ -305,6 +314,7 @@ impl Server {
     /// In the order that leaves nobody asleep: who drops memory waits for a handler until the last moment.
     fn release(&mut self) -> Result<(), FaultError> {
         let mut outcome = Ok(());
+        self.shared.ending.store(true, Ordering::Relaxed);
         let kernel = &self.shared.pager.kernel;
         for slot in &kernel.slots[..self.registered] {
             if let Err(source) = kernel.uffd.unregister(slot.slot().hva(), slot.slot().len()) {
@@ -313,7 +323,6 @@ impl Server {
         }
         self.shared.wake_all();
         self.registered = 0;
-        self.shared.ending.store(true, Ordering::Relaxed);
         // An eventfd whose counter is not nearly full takes the write.
         let _ = self.stop.write(1);
         // A source that does not return keeps its handler, which has all that it needs and touches nothing any more.
@@ -365,8 +374,9 @@ impl Shared {
     fn handle(&self, stop: &EventFd) {
         let pager = &self.pager;
         let (mut worker, mut messages, mut faults) = (Worker::default(), Vec::new(), Vec::new());
+        let mut lookout = Lookout::default();
         loop {
-            match pager.kernel.uffd.wait(stop) {
+            match pager.kernel.uffd.wait(stop, &mut lookout) {
                 Ok(Wait::Stopped) => return,
                 Ok(Wait::Faults) => {}
                 Err(error) => self.failed(FaultError::Read(error)),
@@ -427,59 +437,68 @@ impl Shared {
         let pager = &self.pager;
         let mut worker = Worker::default();
         let wanted = |block: &Block<'_>| pager.working_set.leaves(block);
-        self.each_of_working_set(|index, gfn| {
-            let outcome = pager.fill_block(&mut worker, index, gfn, wanted);
-            outcome.unwrap_or_else(|error| self.failed(error));
-        });
-        // Not before all of it is there: each of these calls holds up who runs on another processor.
-        self.each_of_working_set(|index, gfn| pager.cool_block(index, gfn));
-    }
-
-    /// Gives `each` a page of every block of every slot that has pages of the working set, until the service ends.
-    fn each_of_working_set(&self, mut each: impl FnMut(usize, Gfn)) {
-        for (index, slot) in self.pager.slots.iter().enumerate() {
-            let mut next = slot.frames.start;
-            for range in self.pager.working_set.ranges() {
-                // A range may reach beyond the slot, and a block may have several.
-                let (mut gfn, end) = (range.start.max(next), range.end().min(slot.frames.end()));
-                while gfn < end {
-                    if self.ending.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    each(index, gfn);
-                    gfn = Gfn((gfn.block() + 1) * LEAVES_PER_BLOCK);
-                    next = gfn;
-                }
+        let mut sweep = Sweep::new(self.blocks_of_working_set());
+        while let Some((index, gfn)) = self.next_of(&mut sweep) {
+            match pager.fill_block(&mut worker, index, gfn, wanted) {
+                // What is unregistered cannot be filled, and need not be.
+                Err(_) if self.ending.load(Ordering::Relaxed) => return,
+                outcome => outcome.unwrap_or_else(|error| self.failed(error)),
             }
         }
+        // Not before all of it is there: each of these calls holds up who runs on another processor.
+        let mut sweep = Sweep::new(self.blocks_of_working_set());
+        while let Some((index, gfn)) = self.next_of(&mut sweep) {
+            pager.cool_block(index, gfn);
+        }
+    }
+
+    /// The blocks that have pages of the working set.
+    fn blocks_of_working_set(&self) -> impl Iterator<Item = Part> + '_ {
+        let slots = self.pager.slots.iter().enumerate();
+        slots.flat_map(|(index, slot)| {
+            let ranges = self.pager.working_set.ranges().iter();
+            ranges.flat_map(move |range| {
+                // A range may reach beyond the slot.
+                let start = range.start.max(slot.frames.start);
+                let end = range.end().min(slot.frames.end());
+                blocks(start..end).map(move |block| (block, index))
+            })
+        })
     }
 
     /// See [`Server::fill_rest`]. It ends with the service.
     fn fill_rest(&self) -> Result<(), FaultError> {
         let pager = &self.pager;
         let mut worker = Worker::default();
-        for (index, slot) in pager.slots.iter().enumerate() {
-            // The kernel itself finds what is in a file, and makes zeros.
-            if matches!(slot.origin, Origin::Cache | Origin::Zero) {
-                continue;
+        let slots = pager.slots.iter().enumerate();
+        // The kernel itself finds what is in a file, and makes zeros.
+        let slots = slots.filter(|(_, slot)| !matches!(slot.origin, Origin::Cache | Origin::Zero));
+        let blocks = slots.flat_map(|(index, slot)| {
+            blocks(slot.frames.start..slot.frames.end()).map(move |block| (block, index))
+        });
+        let mut sweep = Sweep::new(blocks);
+        while let Some((index, gfn)) = self.next_of(&mut sweep) {
+            if pager.counters.now().waiting > 0 {
+                // A handler has to do. Not by a low priority: a block that is being filled is held, and whoever has it
+                // must not have to wait for a processor.
+                thread::yield_now();
             }
-            for block in slot.frames.start.block()..=Gfn(slot.frames.end().0 - 1).block() {
-                if pager.counters.now().waiting > 0 {
-                    // A handler has to do. Not by a low priority: a block that is being filled is held, and whoever has it
-                    // must not have to wait for a processor.
-                    thread::yield_now();
-                }
-                if self.ending.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                let gfn = Gfn((block * LEAVES_PER_BLOCK).max(slot.frames.start.0));
-                let wanted = slot.filled(gfn).map_err(|source| FaultError::Fetch { gfn, source })?;
-                if !wanted.is_empty() {
-                    pager.fill_block(&mut worker, index, gfn, |_| wanted)?;
-                }
+            let slot = &pager.slots[index];
+            let wanted = slot.filled(gfn).map_err(|source| FaultError::Fetch { gfn, source })?;
+            if !wanted.is_empty() {
+                pager.fill_block(&mut worker, index, gfn, |_| wanted)?;
             }
         }
         Ok(())
+    }
+
+    /// The next block of `sweep`: its slot, and its first page there. `None` when the service ends, too.
+    fn next_of(&self, sweep: &mut Sweep) -> Option<(usize, Gfn)> {
+        if self.ending.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (block, index) = sweep.next(self.pager.asked.load(Ordering::Relaxed))?;
+        Some((index, Gfn(block * LEAVES_PER_BLOCK).max(self.pager.slots[index].frames.start)))
     }
 
     fn failed(&self, error: FaultError) {
@@ -492,6 +511,19 @@ impl Shared {
             self.pager.kernel.wake(index, 0..slot.frames.pages as usize);
         }
     }
+}
+
+/// The numbers of the blocks that `frames` are in.
+fn blocks(frames: Range<Gfn>) -> Range<u64> {
+    match frames.is_empty() {
+        true => 0..0,
+        false => frames.start.block()..Gfn(frames.end.0 - 1).block() + 1,
+    }
+}
+
+/// Whether a page cannot be moved at all, and not just because something is there already, or mappings change.
+fn refused(error: i32) -> bool {
+    !matches!(error, libc::EEXIST | libc::EAGAIN | libc::ENOENT | libc::ESRCH)
 }
 
 /// The kernel's own mechanism.
@@ -518,6 +550,13 @@ impl Kernel for KernelUffd {
         let (slot, staging) = (self.slot(slot), &self.staging[slot]);
         match (with, staging) {
             (Fill::Bytes(from), _) => self.uffd.copy(slot, pages, from, protected),
+            (Fill::Lent(lent, first), _) => match self.uffd.take(slot, pages.clone(), lent, first) {
+                Progress { pages: 0, error: Some(error) } if refused(error) => {
+                    let from = first * PAGE_BYTES..(first + pages.len()) * PAGE_BYTES;
+                    self.uffd.copy(slot, pages, lent.bytes().get(from).unwrap_or_default(), protected)
+                }
+                progress => progress,
+            },
             (Fill::ZeroPage, _) => self.uffd.zero(slot, pages),
             (Fill::Cache, _) => self.uffd.map_cached(slot, pages, protected),
             (Fill::Staged, Some(staging)) => self.uffd.take(slot, pages.clone(), staging, pages.start),

@@ -14,12 +14,14 @@
 //! Documentation/admin-guide/mm/userfaultfd.rst.
 
 pub mod fill;
+pub mod lookout;
 pub mod message;
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Instant;
 
 use libc::c_ulong;
 use linux_raw_sys::general::{
@@ -37,6 +39,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
+use self::lookout::Lookout;
 use super::kvm::check;
 
 const USERFAULTFD_IOC_NEW: c_ulong = ioctl_expr(_IOC_NONE, 0xaa, 0, 0);
@@ -246,22 +249,38 @@ impl Uffd {
         check(unsafe { ioctl_with_ref(&self.0, UFFDIO_WAKE.into(), &range) })
     }
 
-    /// Waits until somebody writes to a protected page, or until `stop` is signalled; that wins.
+    /// Waits until somebody waits for a page, or until `stop` is signalled; that wins. `lookout` says how long to look
+    /// before going to sleep, and learns from it.
     ///
     /// # Errors
     /// What `poll` says. `EINTR` is not one of them.
-    pub fn wait(&self, stop: &EventFd) -> io::Result<Wait> {
+    pub fn wait(&self, stop: &EventFd, lookout: &mut Lookout) -> io::Result<Wait> {
+        let began = Instant::now();
+        let (found, contended) = lookout.look(began, || self.poll(stop, 0).transpose());
+        let outcome = match found {
+            Some(outcome) => outcome,
+            None => loop {
+                if let Some(outcome) = self.poll(stop, -1).transpose() {
+                    break outcome;
+                }
+            },
+        };
+        lookout.came(began.elapsed(), contended);
+        outcome
+    }
+
+    /// What there is within `timeout` milliseconds (-1: for ever), unless a signal comes in between.
+    fn poll(&self, stop: &EventFd, timeout: libc::c_int) -> io::Result<Option<Wait>> {
         let event = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut fds = [event(stop.as_raw_fd()), event(self.0.as_raw_fd())];
-        loop {
-            // SAFETY: the array outlives the call and has as many entries as the call is told.
-            if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) } >= 0 {
-                return Ok(if fds[0].revents != 0 { Wait::Stopped } else { Wait::Faults });
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
+        // SAFETY: the array outlives the call and has as many entries as the call is told.
+        match unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) } {
+            0 => Ok(None),
+            1.. => Ok(Some(if fds[0].revents != 0 { Wait::Stopped } else { Wait::Faults })),
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+                error => Err(error),
+            },
         }
     }
 

@@ -39,6 +39,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::PageSize;
 use crate::bitmap::{self, DirtyBitmap};
+use crate::sys::uffd::lookout::Lookout;
 use crate::sys::uffd::{Mode, Uffd, Wait};
 use crate::tracker::change::{Change, Tracked, carry};
 use crate::tracker::chosen::Chosen;
@@ -159,8 +160,9 @@ impl Handler {
         let stop = EventFd::new(EFD_NONBLOCK)?;
         let stopped = stop.try_clone()?;
         let work = move || {
+            let mut lookout = Lookout::default();
             loop {
-                let outcome = match record.wp.0.wait(&stopped) {
+                let outcome = match record.wp.0.wait(&stopped, &mut lookout) {
                     Ok(Wait::Stopped) => return,
                     Ok(Wait::Faults) => record.wp.0.fault(),
                     Err(error) => Err(error),

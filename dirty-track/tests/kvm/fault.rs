@@ -335,7 +335,8 @@ fn a_huge_page_is_moved_as_one() {
         .iter()
         .map(|slot| {
             let mut staging = Staging::new(slot.frames().pages as usize)?;
-            staging.write(0, &bytes_of(slot.frames())).unwrap();
+            staging.prepare_huge()?;
+            staging.bytes().copy_from_slice(&bytes_of(slot.frames()));
             Ok((slot.clone(), Source::Staged(Arc::new(staging))))
         })
         .collect();
@@ -361,6 +362,39 @@ fn a_huge_page_is_moved_as_one() {
     harvest.commit();
     guest.write(&[Gfn(0x1201)], 6);
     assert_eq!(frames(&tracker.harvest().unwrap()), [Gfn(0x1201)]);
+    check(&server);
+}
+
+#[test]
+fn a_block_that_comes_whole_is_moved_unless_it_is_tracked() {
+    let test = "fault::a_block_that_comes_whole_is_moved_unless_it_is_tracked";
+    let Some(kvm) = kvm(test) else { return };
+    let Some(mut backed) = Backing::Thp.untouched(&kvm, test) else { return };
+    let Backed { machine, guest, .. } = &mut backed;
+    let policies = Policies { prefault: Prefault::Block, age: Age::Young, ..Policies::default() };
+    let config = Config { policies, huge: true, ..Config::default() };
+    let Some(server) = serve(test, machine, &Source::Fetch(Arc::new(Originals)), config) else { return };
+    let server = Arc::new(server);
+    guest.read(&[Gfn(0x433)]);
+    let counted = counts(&server);
+    assert_eq!((counted.moves, counted.copies, counted.installed), (1, 0, 512));
+    let mut tracker = FaultTracker::new(Arc::clone(&server));
+    tracker.arm().unwrap();
+    assert!(!tracker.guarantees().may_report_reads);
+    guest.read(&[Gfn(0x1234)]);
+    guest.write(&[Gfn(0x434), Gfn(0x1233)], 5);
+    assert_eq!((counts(&server).moves, counts(&server).copies), (1, 1));
+    assert_eq!(frames(&tracker.harvest().unwrap()), [Gfn(0x434), Gfn(0x1233)]);
+    tracker.disarm().unwrap();
+    // What nobody has faulted at is one huge page, where the host has one.
+    server.fill_rest().unwrap();
+    assert!(counts(&server).moves > 1);
+    for gfn in machine.slots.iter().flat_map(|slot| slot.frames().iter()).step_by(37) {
+        let stamped = [0x434, 0x1233].contains(&gfn.0).then_some(5);
+        assert_page(machine, gfn, original(gfn), stamped);
+    }
+    assert_page(machine, Gfn(0x434), original(Gfn(0x434)), Some(5));
+    assert_eq!(counts(&server).failures, 0);
     check(&server);
 }
 

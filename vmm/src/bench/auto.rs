@@ -83,6 +83,7 @@ mod tests {
     fn results(costs: &[(&str, &str, f64)]) -> Results {
         let row = |&(tracker, rearm, cost): &(&str, &str, f64)| Row {
             case: Case::of(&[("tracker", tracker), ("rearm", rearm), ("split", "-")]),
+            yardstick: false,
             figures: vec![
                 Figure::of("dirty memory", Unit::Ms, Better::Lower, vec![cost * 0.75]),
                 Figure::of("get and clear", Unit::Ms, Better::Lower, vec![cost * 0.25]),

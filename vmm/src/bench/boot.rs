@@ -8,19 +8,19 @@ use std::time::Duration;
 use super::monitors::{Monitors, Process, failed, moments};
 use super::results::{Bench, Better, Case, Unit};
 use super::turns::{Contender, Quantity, Readings};
-use super::{BenchConfig, BenchError, Group};
+use super::{BenchError, Group, Plan};
 
 static FIRST: Quantity = Quantity::decisive("first byte", Unit::Ms, Better::Lower);
 static RING3: Quantity = Quantity::decisive("ring 3", Unit::Ms, Better::Lower);
 static OWN: Quantity = Quantity::new("own memory", Unit::Mib, Better::Lower);
 
-pub(super) fn groups(config: &BenchConfig, monitors: &Monitors) -> Vec<Group<'static>> {
+pub(super) fn groups(plan: &Plan, monitors: &Monitors) -> Vec<Group<'static>> {
     // What is not touched is not there.
-    let sizes: &[u64] = config.scale().of(&[1], &[1], &[1, 64]);
-    sizes.iter().map(|&gib| group(config, monitors, gib)).collect()
+    let sizes: &[u64] = plan.scale.of(&[1], &[1], &[1, 64]);
+    sizes.iter().map(|&gib| group(plan, monitors, gib)).collect()
 }
 
-fn group(config: &BenchConfig, monitors: &Monitors, gib: u64) -> Group<'static> {
+fn group(plan: &Plan, monitors: &Monitors, gib: u64) -> Group<'static> {
     let memory = format!("{gib} GiB");
     let contender =
         |monitor: &str, limit, measure: fn(&Monitors, u64, &mut Readings) -> Result<(), BenchError>| {
@@ -44,10 +44,10 @@ fn group(config: &BenchConfig, monitors: &Monitors, gib: u64) -> Group<'static> 
     if monitors.has_qemu() {
         contenders.push(contender("QEMU", Some((0, "a process")), by_qemu));
     }
-    let mut effort = config.effort();
+    let mut effort = plan.effort();
     // They are short.
     (effort.least, effort.most) = (effort.least * 3, effort.most * 3);
-    let expected = Duration::from_millis(500) * contenders.len() as u32 * config.turns();
+    let expected = Duration::from_millis(500) * contenders.len() as u32 * plan.turns();
     Group {
         bench: Bench::Boot,
         title: format!("the start of a guest of {memory}"),

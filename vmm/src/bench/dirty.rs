@@ -21,7 +21,7 @@ use dirty_track::tracker::{Kind, Tracker};
 use super::results::{Bench, Better, Case, Unit};
 use super::stage::{Stage, StageConfig};
 use super::turns::{Contender, Quantity, Readings};
-use super::{BenchConfig, BenchError, Group, Scale, stats};
+use super::{BenchError, Group, Plan, Scale, stats};
 use crate::fault::FaultConfig;
 use crate::host;
 use crate::ledger::Ledger;
@@ -199,22 +199,16 @@ impl Load {
 }
 
 /// What there is to measure.
-pub(super) fn groups(config: &BenchConfig) -> Vec<Group<'static>> {
+pub(super) fn groups(plan: &Plan) -> Vec<Group<'static>> {
     let mut loads = Vec::new();
-    let base = Load {
-        pattern: "rand",
-        share: 1.0,
-        memory: config.memory(),
-        cpus: 1,
-        huge: HugePages::Thp,
-        reads: 0,
-    };
+    let base =
+        Load { pattern: "rand", share: 1.0, memory: plan.memory(), cpus: 1, huge: HugePages::Thp, reads: 0 };
     let shares =
-        config.scale().of(&[1.0, 100.0][..], &[0.0, 0.1, 1.0, 10.0, 100.0], &[0.0, 0.1, 1.0, 10.0, 100.0]);
+        plan.scale.of(&[1.0, 100.0][..], &[0.0, 0.1, 1.0, 10.0, 100.0], &[0.0, 0.1, 1.0, 10.0, 100.0]);
     for &share in shares {
         loads.push(Load { share, ..base });
     }
-    if config.scale() == Scale::Full {
+    if plan.scale == Scale::Full {
         for share in [0.1, 1.0, 10.0, 100.0] {
             loads.push(Load { share, huge: HugePages::None, ..base });
         }
@@ -228,13 +222,13 @@ pub(super) fn groups(config: &BenchConfig) -> Vec<Group<'static>> {
         }
         loads.push(Load { memory: base.memory * 4, ..base });
     }
-    let mut groups: Vec<_> = loads.into_iter().map(|load| group(config, load)).collect();
-    groups.push(group(config, Load { reads: 50, ..base }));
-    groups.push(stalls(config, base));
+    let mut groups: Vec<_> = loads.into_iter().map(|load| group(plan, load)).collect();
+    groups.push(group(plan, Load { reads: 50, ..base }));
+    groups.push(stalls(plan, base));
     groups
 }
 
-fn group(config: &BenchConfig, load: Load) -> Group<'static> {
+fn group(plan: &Plan, load: Load) -> Group<'static> {
     let Load { pattern, share, memory, cpus, huge, reads } = load;
     let reads = if reads > 0 { format!(", {reads} % of its accesses reads") } else { String::new() };
     let title = format!(
@@ -258,7 +252,7 @@ fn group(config: &BenchConfig, load: Load) -> Group<'static> {
     // A machine, its passes, and a few trackers that serve each write by a thread.
     let written = (load.pages() as f64 * share / 100.0) as u64 * (load.epochs() as u64 + 1);
     let turn = Duration::from_millis(40) + Duration::from_nanos(load.pages() * 150 + written * 15_000);
-    let mut effort = config.effort();
+    let mut effort = plan.effort();
     if load.epochs() == 1 {
         effort.least = effort.least.min(2);
     }
@@ -266,7 +260,7 @@ fn group(config: &BenchConfig, load: Load) -> Group<'static> {
         bench: Bench::Dirty,
         title,
         lacks: load.lacks(),
-        expected: turn * contenders.len() as u32 * config.turns(),
+        expected: turn * contenders.len() as u32 * plan.turns(),
         effort,
         contenders,
     }
@@ -485,8 +479,8 @@ impl Log for Bare {
 }
 
 /// What a harvest holds up: a guest that times each of its writes while another thread harvests.
-fn stalls(config: &BenchConfig, load: Load) -> Group<'static> {
-    let time = Duration::from_millis(config.scale().of(500, 250, 1000));
+fn stalls(plan: &Plan, load: Load) -> Group<'static> {
+    let time = Duration::from_millis(plan.scale.of(500, 250, 1000));
     let ways: Vec<_> = Way::all().into_iter().filter(|way| *way != Way::Bare).collect();
     let untracked = ways.iter().position(|way| *way == Way::Untracked);
     let contenders = ways.into_iter().map(|way| Contender {
@@ -496,8 +490,8 @@ fn stalls(config: &BenchConfig, load: Load) -> Group<'static> {
     });
     let contenders: Vec<_> = contenders.collect();
     let title = "what a harvest holds up: single writes of a guest that is harvested every 20 ms".to_owned();
-    let expected = (time + Duration::from_millis(60)) * contenders.len() as u32 * config.turns();
-    Group { bench: Bench::Dirty, title, lacks: None, expected, effort: config.effort(), contenders }
+    let expected = (time + Duration::from_millis(60)) * contenders.len() as u32 * plan.turns();
+    Group { bench: Bench::Dirty, title, lacks: None, expected, effort: plan.effort(), contenders }
 }
 
 fn stall(load: Load, way: Way, time: Duration, readings: &mut Readings) -> Result<(), BenchError> {

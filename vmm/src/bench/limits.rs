@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::results::{Bench, Better, Case, Unit};
 use super::turns::{Contender, Quantity, Readings};
-use super::{BenchConfig, BenchError, Group, stats};
+use super::{BenchError, Group, Plan, stats};
 use crate::memory::{HugePages, MemoryConfig, Ram};
 
 static THROUGHPUT: Quantity = Quantity::decisive("throughput", Unit::MibPerS, Better::Higher);
@@ -17,8 +17,8 @@ static FAULT: Quantity = Quantity::decisive("fault", Unit::Ns, Better::Lower);
 
 const MIB: usize = 1 << 20;
 
-pub(super) fn groups(config: &BenchConfig) -> Vec<Group<'static>> {
-    let mib = config.scale().of(8, 128, 512);
+pub(super) fn groups(plan: &Plan) -> Vec<Group<'static>> {
+    let mib = plan.scale.of(16, 128, 512);
     let limit = |what: &str, measure: fn(usize, &mut Readings) -> Result<(), BenchError>| Contender {
         case: Case::of(&[("what", what)]),
         limit: None,
@@ -33,9 +33,9 @@ pub(super) fn groups(config: &BenchConfig) -> Vec<Group<'static>> {
         limit("native fault, 4 KiB", |mib, readings| native_fault(mib, HugePages::None, readings)),
         limit("native fault, 2 MiB", |mib, readings| native_fault(mib, HugePages::Thp, readings)),
     ];
-    let expected = Duration::from_millis(mib as u64) * config.turns();
+    let expected = Duration::from_millis(mib as u64) * plan.turns();
     let title = "what this host itself can do".to_owned();
-    vec![Group { bench: Bench::Limits, title, lacks: None, expected, effort: config.effort(), contenders }]
+    vec![Group { bench: Bench::Limits, title, lacks: None, expected, effort: plan.effort(), contenders }]
 }
 
 /// How much longer than at its fastest the same work takes, half of the time at least; and how much is done in a second at its
@@ -77,7 +77,7 @@ pub(super) fn socket(mib: usize) -> Result<Duration, BenchError> {
     for piece in pieces() {
         from.mem().write_slice(&filler, piece).map_err(|error| failed("fill memory")(io_error(error)))?;
     }
-    let (mut here, mut there) = UnixStream::pair().map_err(failed("make a socket"))?;
+    let (here, mut there) = UnixStream::pair().map_err(failed("make a socket"))?;
     let began = Instant::now();
     thread::scope(|scope| {
         let receiver = scope.spawn(move || -> std::io::Result<()> {
@@ -86,6 +86,8 @@ pub(super) fn socket(mib: usize) -> Result<Duration, BenchError> {
             }
             there.write_all(b"!")
         });
+        // Dropped when anything fails: the receiver does not wait then.
+        let mut here = here;
         for piece in pieces() {
             from.mem()
                 .write_all_volatile_to(piece, &mut here, MIB)

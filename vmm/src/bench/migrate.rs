@@ -10,7 +10,7 @@ use serde_json::json;
 use super::monitors::{Monitors, Process, Qmp, failed, file, wait};
 use super::results::{Bench, Better, Case, Unit};
 use super::turns::{Contender, Quantity, Readings};
-use super::{BenchConfig, BenchError, Group, limits};
+use super::{BenchError, Group, Plan, limits};
 
 static TOTAL: Quantity = Quantity::decisive("total", Unit::Ms, Better::Lower);
 static STILL: Quantity = Quantity::new("still", Unit::Ms, Better::Lower);
@@ -34,13 +34,13 @@ const WAYS: [Way; 3] = [
 /// What the guest writes: "0", megabytes per second, or "flat out".
 type Rate = &'static str;
 
-pub(super) fn groups(config: &BenchConfig, monitors: &Monitors) -> Vec<Group<'static>> {
-    let rates: &[Rate] = config.scale().of(&["0"], &["0", "flat out"], &["0", "100", "500", "flat out"]);
-    let mib = config.scale().of(32, 256, 1024);
-    rates.iter().map(|rate| group(config, monitors, mib, rate)).collect()
+pub(super) fn groups(plan: &Plan, monitors: &Monitors) -> Vec<Group<'static>> {
+    let rates: &[Rate] = plan.scale.of(&["0"], &["0", "flat out"], &["0", "100", "500", "flat out"]);
+    let mib = plan.scale.of(32, 256, 1024);
+    rates.iter().map(|rate| group(plan, monitors, mib, rate)).collect()
 }
 
-fn group(config: &BenchConfig, monitors: &Monitors, mib: u64, rate: Rate) -> Group<'static> {
+fn group(plan: &Plan, monitors: &Monitors, mib: u64, rate: Rate) -> Group<'static> {
     let written = if rate == "flat out" { rate.to_owned() } else { format!("{rate} MB/s") };
     let case =
         |monitor: &str, how: &str| Case::of(&[("monitor", monitor), ("how", how), ("written", &written)]);
@@ -73,9 +73,9 @@ fn group(config: &BenchConfig, monitors: &Monitors, mib: u64, rate: Rate) -> Gro
     let turn =
         Duration::from_millis(900 + mib) + Duration::from_secs(if monitors.has_qemu() { 13 } else { 0 });
     let title = format!("live migration of a guest of {mib} MiB that writes {written}");
-    let mut effort = config.effort();
+    let mut effort = plan.effort();
     effort.time *= 3;
-    Group { bench: Bench::Migrate, title, lacks: None, expected: turn * config.turns(), effort, contenders }
+    Group { bench: Bench::Migrate, title, lacks: None, expected: turn * plan.turns(), effort, contenders }
 }
 
 fn workload(mib: u64, rate: Rate) -> String {

@@ -103,35 +103,33 @@ pub struct BenchConfig {
     pub report: Option<PathBuf>,
     /// The other monitor, if not the `qemu-system-x86_64` of the search path.
     pub qemu: Option<PathBuf>,
-    /// The host is so slow that it must be emulated: everything is measured once, with little memory.
-    pub emulated: bool,
 }
 
-impl BenchConfig {
+/// How much is measured, as groups see it.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    scale: Scale,
+    /// If not what suits.
+    memory: Option<u64>,
+}
+
+impl Plan {
     /// Bytes of memory of guests that are tracked.
     fn memory(&self) -> u64 {
-        self.memory.unwrap_or(self.scale().of(8, 64, 256) << 20)
+        self.memory.unwrap_or(self.scale.of(8, 64, 256) << 20)
     }
 
     /// Turns that are expected.
     fn turns(&self) -> u32 {
-        self.scale().of(1, 2, 4)
+        self.scale.of(1, 2, 4)
     }
 
     fn effort(&self) -> Effort {
-        match self.scale() {
+        match self.scale {
             // So much work, however long it takes.
             Scale::Work => Effort { least: 1, most: 1, time: Duration::MAX, certain: 0.0 },
             Scale::Quick => Effort { least: 2, most: 3, time: Duration::from_secs(4), certain: 0.05 },
             Scale::Full => Effort { least: 3, most: 9, time: Duration::from_secs(20), certain: 0.03 },
-        }
-    }
-
-    fn scale(&self) -> Scale {
-        match (self.emulated, self.quick) {
-            (true, _) => Scale::Work,
-            (false, true) => Scale::Quick,
-            (false, false) => Scale::Full,
         }
     }
 }
@@ -187,11 +185,14 @@ pub fn run(config: &BenchConfig) -> Result<Ended, BenchError> {
     drop(open_kvm()?);
     let began = Instant::now();
     let host = facts(&host::probe());
-    let config = &BenchConfig { emulated: config.emulated || host.emulated, ..config.clone() };
-    if config.emulated {
-        eprintln!(
-            "vmm: this host copies memory so slowly that it must be emulated: everything is measured once, and times mean little"
-        );
+    let scale = match (host.emulated, config.quick) {
+        (true, _) => Scale::Work,
+        (false, true) => Scale::Quick,
+        (false, false) => Scale::Full,
+    };
+    let plan = &Plan { scale, memory: config.memory };
+    if scale == Scale::Work {
+        eprintln!("vmm: this host is emulated: everything is measured once, and times mean little");
     }
     let mut results = Results {
         schema: SCHEMA,
@@ -210,15 +211,15 @@ pub fn run(config: &BenchConfig) -> Result<Ended, BenchError> {
     }
     let all = [Bench::Dirty, Bench::Fault, Bench::Restore, Bench::Migrate, Bench::Boot];
     let what = if config.what.is_empty() { &all[..] } else { &config.what };
-    let mut groups = limits::groups(config);
+    let mut groups = limits::groups(plan);
     for bench in what {
         groups.extend(match bench {
             Bench::Limits => Vec::new(),
-            Bench::Dirty => dirty::groups(config),
-            Bench::Fault => fault::groups(config),
-            Bench::Restore => restore::groups(config, &monitors),
-            Bench::Migrate => migrate::groups(config, &monitors),
-            Bench::Boot => boot::groups(config, &monitors),
+            Bench::Dirty => dirty::groups(plan),
+            Bench::Fault => fault::groups(plan),
+            Bench::Restore => restore::groups(plan, &monitors),
+            Bench::Migrate => migrate::groups(plan, &monitors),
+            Bench::Boot => boot::groups(plan, &monitors),
         });
     }
     let progress = Progress::new(groups.iter().map(|group| group.expected).sum());
@@ -272,7 +273,7 @@ fn finish(config: &BenchConfig, results: &Results) -> Result<(), BenchError> {
     Ok(())
 }
 
-/// MiB that even a slow host copies in a second.
+/// MiB that even a slow host copies in a second: what copies less is emulated, whatever it calls itself.
 const EMULATED: f64 = 1000.0;
 
 /// What a reader has to know of this host.
@@ -294,7 +295,7 @@ fn facts(host: &Host) -> HostFacts {
         thp: host.memory.thp.clone(),
         governor: host::text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         noise,
-        emulated: throughput < EMULATED,
+        emulated: host.emulated || throughput < EMULATED,
         auto: trackers.iter().find(|row| row.auto).map_or(String::new(), |row| row.name.to_owned()),
         sound: trackers.iter().filter(is_sound).map(|row| row.name.to_owned()).collect(),
         load: host::text("/proc/loadavg")

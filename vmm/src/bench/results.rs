@@ -4,7 +4,8 @@
 //! A JSON object: `schema` ([`SCHEMA`]; a reader refuses others), `vmm` (version), `began` (RFC 3339), `seconds`, `quick`,
 //! `complete` (false if it was interrupted: what was measured until then is there), `host`, `tables`, and `skipped`, a list
 //! of what this host cannot do and why. A table is what was measured in turns, one row for each contender; a row has its
-//! `case`, an object of what makes it different, and its `figures`. A figure has its `samples` in the order in which they
+//! `case`, an object of what makes it different, `yardstick` (whether it is there for others to be held against), and its
+//! `figures`. A figure has its `samples` in the order in which they
 //! were taken, and what follows from them; its `limit`, where something bounds it, was measured in the same turns.
 
 use std::fmt;
@@ -101,7 +102,7 @@ pub struct HostFacts {
     pub load: f64,
     /// Whether threads had processors of their own.
     pub pinned: bool,
-    /// Whether it is so slow that it must be emulated: its times mean little then.
+    /// Whether it is emulated: its times mean little then.
     #[serde(default)]
     pub emulated: bool,
     /// The tracker that `--track auto` takes here.
@@ -165,10 +166,13 @@ pub struct Table {
 }
 
 /// A contender.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Row {
     /// What makes it different.
     pub case: Case,
+    /// It is what others are held against: a property of the host, and not of this program.
+    #[serde(default)]
+    pub yardstick: bool,
     /// What it showed.
     pub figures: Vec<Figure>,
 }

@@ -29,8 +29,12 @@ pub(super) fn spread(low: f64, median: f64, high: f64) -> f64 {
 /// normal distribution the quartiles are 1.35 standard deviations apart, and the error of a median is 1.25 of a mean's).
 pub(super) fn uncertainty(samples: &[f64]) -> f64 {
     let [low, median, high] = quartiles(samples);
-    let deviation = spread(low, median, high) * 2.0 / 1.35;
-    1.25 * deviation / (samples.len() as f64).sqrt()
+    error_of_median(spread(low, median, high) * 2.0 / 1.35, samples.len())
+}
+
+/// How far the median of so many samples may be from the truth: one standard error, of samples with that standard `deviation`.
+pub(super) fn error_of_median(deviation: f64, samples: usize) -> f64 {
+    1.25 * deviation / (samples as f64).sqrt()
 }
 
 #[cfg(test)]

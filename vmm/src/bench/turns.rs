@@ -108,7 +108,8 @@ pub(super) fn in_turns(
     let row = |(index, contender): (usize, &Contender<'_>)| {
         let limit = contender.limit.map(|(limit, name)| (turns[limit].as_slice(), name));
         let figures = figures(&turns[index], limit);
-        (!figures.is_empty()).then(|| Row { case: contender.case.clone(), figures })
+        let yardstick = contenders.iter().any(|other| other.limit.is_some_and(|(limit, _)| limit == index));
+        (!figures.is_empty()).then(|| Row { case: contender.case.clone(), yardstick, figures })
     };
     contenders.iter().enumerate().filter_map(row).collect()
 }
@@ -222,6 +223,7 @@ mod tests {
         assert!(figure.noisy);
         assert_eq!(figure.limit, Some(Limit { name: "the limit".into(), median: 5.0, ratio: 2.0 }));
         assert_eq!(rows[0].figures[0].limit, None);
+        assert!(rows[0].yardstick && !rows[1].yardstick);
     }
 
     #[test]

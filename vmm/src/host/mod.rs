@@ -9,6 +9,7 @@ mod memory;
 mod module;
 mod processor;
 
+use std::arch::x86_64::__cpuid_count;
 use std::fs;
 
 use serde::Serialize;
@@ -36,6 +37,8 @@ pub struct Host {
     pub virtualization: Option<&'static str>,
     /// The host is itself a virtual machine.
     pub in_vm: bool,
+    /// Its processor is a program, QEMU's TCG: what takes how long says nothing about real ones.
+    pub emulated: bool,
     /// KVM.
     pub kvm: KvmHost,
     /// Kernel interfaces besides KVM that trackers use.
@@ -53,10 +56,19 @@ pub fn probe() -> Host {
         cpus: std::thread::available_parallelism().map_or(0, usize::from),
         virtualization: ["vmx", "svm"].into_iter().find(|flag| cpu.has(flag)),
         in_vm: cpu.has("hypervisor"),
+        emulated: cpu.has("hypervisor") && hypervisor() == *b"TCGTCGTCGTCG",
         kvm: kvm::probe(),
         interfaces: interfaces::probe(),
         memory: memory::probe(),
     }
+}
+
+/// The name of what this virtual machine runs on: CPUID leaf 0x40000000 (Documentation/virt/kvm/x86/cpuid.rst; QEMU's is in
+/// its target/i386/cpu.c).
+fn hypervisor() -> [u8; 12] {
+    let leaf = __cpuid_count(0x4000_0000, 0);
+    let words = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes);
+    std::array::from_fn(|byte| words[byte / 4][byte % 4])
 }
 
 /// A small text file of /proc or /sys, without white space around it; `None` when it is not to be read.

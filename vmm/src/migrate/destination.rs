@@ -188,19 +188,16 @@ impl Incoming {
                 .collect()
         });
         absorbed.into_iter().collect::<Result<(), _>>()?;
-        let Into { slots, written, said, .. } = into;
+        let Into { slots, said, .. } = into;
         let Said { parts, missing } = said.into_inner().unwrap_or_else(PoisonError::into_inner);
         let state = parts.finish(self.hello.shape.cpus)?;
         machine.give_state(&state).map_err(|error| MigrateError::Machine(error.to_string()))?;
         let mut rest = None;
         if takes_postcopy(&ram.config()) {
-            // What came before and was written since is the source's again.
+            // What came before and was written since is the source's again; and where a page of a block came, the others
+            // may be there as well, as parts of a huge page of zeros.
             for range in &missing {
-                let stale = postcopy::place(&slots, *range)
-                    .is_some_and(|first| (first..first + range.pages as usize).any(|page| written.get(page)));
-                if stale {
-                    ram.discard(*range).map_err(MigrateError::System)?;
-                }
+                ram.discard(*range).map_err(MigrateError::System)?;
             }
             let lanes = if missing.is_empty() { Vec::new() } else { self.lanes.split_off(1) };
             let pages = Arc::new(Rest::new(slots, missing, lanes, self.hello.id));

@@ -273,9 +273,17 @@ impl Rest {
     }
 
     fn add(&self, number: usize, lane: Lane) {
+        self.put(lane, self.is_bulk(number));
+    }
+
+    /// A connection that is free for requests; if there are going to be none, the source is told.
+    fn put(&self, mut lane: Lane, bulk: bool) {
         let mut pools = self.lock();
-        let pool = if self.is_bulk(number) { &mut pools.bulk } else { &mut pools.urgent };
-        pool.push(lane);
+        match pools.ended {
+            true => complete(&mut lane),
+            false if bulk => pools.bulk.push(lane),
+            false => pools.urgent.push(lane),
+        }
         self.changed.notify_all();
     }
 
@@ -301,13 +309,7 @@ impl Rest {
             let (mut lane, bulk) = self.take(range.pages <= URGENT)?;
             // A connection that failed is gone; the source makes another one.
             if request(&mut lane, range, into).is_ok() {
-                let mut pools = self.lock();
-                if bulk {
-                    pools.bulk.push(lane);
-                } else {
-                    pools.urgent.push(lane);
-                }
-                self.changed.notify_all();
+                self.put(lane, bulk);
                 return Ok(());
             }
         }
@@ -338,13 +340,15 @@ impl Rest {
         let mut pools = self.lock();
         pools.ended = true;
         let Pools { urgent, bulk, .. } = &mut *pools;
-        for lane in urgent.iter_mut().chain(bulk) {
-            // A source that has gone needs not be told.
-            let word = encode(PageRange { start: Gfn(0), pages: 0 }, COMPLETE);
-            let _ = lane.write_all(&word).and_then(|()| lane.flush());
-        }
+        urgent.iter_mut().chain(bulk).for_each(complete);
         self.changed.notify_all();
     }
+}
+
+/// Tells the source that nothing is needed any more. One that has gone needs not be told.
+fn complete(lane: &mut Lane) {
+    let word = encode(PageRange { start: Gfn(0), pages: 0 }, COMPLETE);
+    let _ = lane.write_all(&word).and_then(|()| lane.flush());
 }
 
 fn encode(range: PageRange, what: u32) -> [u8; 16] {

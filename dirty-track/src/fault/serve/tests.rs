@@ -8,6 +8,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::fault::sweep::NONE;
 use crate::fault::{Split, Threshold, Window};
 use crate::tracker::TrackerError;
 
@@ -75,7 +76,7 @@ impl Tables {
 }
 
 impl Kernel for Sim {
-    fn fill(&self, slot: usize, pages: Range<usize>, with: Fill<'_>, protected: bool) -> Progress {
+    fn fill(&self, slot: usize, pages: Range<usize>, mut with: Fill<'_>, protected: bool) -> Progress {
         assert_eq!(slot, 0);
         let mut done = 0;
         for (index, page) in pages.clone().enumerate() {
@@ -97,6 +98,11 @@ impl Kernel for Sim {
                 Fill::Bytes(bytes) => {
                     assert_eq!(bytes.len(), pages.len() * PAGE_BYTES);
                     tables.contents[page] = bytes[index * PAGE_BYTES];
+                }
+                Fill::Lent(ref mut lent, first) => {
+                    assert!(!protected);
+                    tables.contents[page] = lent.bytes()[(first + index) * PAGE_BYTES];
+                    lent.bytes()[(first + index) * PAGE_BYTES] = 0;
                 }
                 Fill::ZeroPage => {
                     assert!(!protected);
@@ -243,11 +249,19 @@ impl World {
             pager: Pager {
                 kernel: Sim { tables: Mutex::new(tables), opened: Mutex::new(None) },
                 stage2: Stage2::new([FRAMES]).unwrap(),
-                slots: vec![Served { frames: FRAMES, hva: HVA, origin, source, huge: false }],
+                slots: vec![Served {
+                    frames: FRAMES,
+                    hva: HVA,
+                    origin,
+                    source,
+                    huge: false,
+                    moves: origin == Origin::Buffer,
+                }],
                 policies,
                 working_set,
                 track: AtomicBool::new(false),
                 news: RwLock::new(()),
+                asked: AtomicU64::new(NONE),
                 counters: Counters::default(),
             },
             worker: Worker::default(),

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::ptr;
+use std::{ptr, slice};
 
 use libc::c_ulong;
 use linux_raw_sys::general::{
@@ -116,6 +116,9 @@ impl Uffd {
 
     /// Moves pages of `staging`, from page `first` on, to `pages` of `slot`; a huge page stays huge if all of it
     /// moves. There is no protected form. Linux 6.8, private anonymous memory only.
+    ///
+    /// It may say `EEXIST` of pages that it has just moved itself (seen on 6.18, when it had to split a huge page because
+    /// somebody had faulted at the destination): they are as they should be.
     pub fn take(&self, slot: &Slot, pages: Range<usize>, staging: &Staging, first: usize) -> Progress {
         let Some(range) = range(slot, &pages) else { return Progress::REFUSED };
         if first.checked_add(pages.len()).is_none_or(|end| end > staging.pages()) {
@@ -142,13 +145,15 @@ impl Uffd {
     }
 }
 
-/// Private memory of huge pages, as far as the host has them, whose pages are going to be moved into a guest.
+/// Private memory whose pages are going to be moved into a guest.
 #[derive(Debug)]
 pub struct Staging {
     start: *mut u8,
     pages: usize,
     mapped: (*mut libc::c_void, usize),
 }
+
+const FRESH: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 impl Staging {
     /// Memory of `pages` pages that starts where a huge page can.
@@ -159,21 +164,38 @@ impl Staging {
         let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
         let len = pages.checked_mul(PAGE_SIZE as usize).ok_or_else(too_large)?;
         let whole = len.checked_add(BLOCK_SIZE as usize).ok_or_else(too_large)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: it maps new memory where there was none.
-        let mapped = unsafe { libc::mmap(ptr::null_mut(), whole, access, flags, -1, 0) };
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), whole, access, FRESH, -1, 0) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         let start = (mapped as usize).next_multiple_of(BLOCK_SIZE as usize) as *mut u8;
-        // SAFETY: the range is in what was mapped just now; the advice changes neither contents nor access. MOVE
-        // refuses pages that a child process shares.
-        unsafe {
-            libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE);
-            libc::madvise(mapped, whole, libc::MADV_DONTFORK);
-        }
+        // SAFETY: the range is what was mapped just now; the advice changes neither contents nor access. MOVE refuses
+        // pages that a child process shares.
+        unsafe { libc::madvise(mapped, whole, libc::MADV_DONTFORK) };
         Ok(Staging { start, pages, mapped: (mapped, whole) })
+    }
+
+    /// Empties it. What is written from now on goes into huge pages, as far as the host has such pages. (Where small pages
+    /// were, a table for them stays, and no huge page comes into its place: so all is mapped anew.)
+    ///
+    /// # Errors
+    /// What `mmap` says.
+    pub fn prepare_huge(&mut self) -> io::Result<()> {
+        let (start, len) = (self.start.cast(), self.pages << PAGE_SHIFT);
+        let flags = FRESH | libc::MAP_FIXED;
+        // SAFETY: the range is within the mapping, which is this value's alone and is not borrowed now.
+        let mapped = unsafe { libc::mmap(start, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above; the advice changes neither contents nor access.
+        unsafe {
+            libc::madvise(start, len, libc::MADV_HUGEPAGE);
+            libc::madvise(start, len, libc::MADV_DONTFORK);
+        }
+        Ok(())
     }
 
     /// Its size.
@@ -181,18 +203,11 @@ impl Staging {
         self.pages
     }
 
-    /// Writes `bytes` at `offset`.
-    ///
-    /// # Errors
-    /// `EINVAL` when they are not all within.
-    pub fn write(&mut self, offset: usize, bytes: &[u8]) -> Result<(), errno::Error> {
-        let len = self.pages << PAGE_SHIFT;
-        if offset.checked_add(bytes.len()).is_none_or(|end| end > len) {
-            return Err(errno::Error::new(libc::EINVAL));
-        }
-        // SAFETY: the destination is within the mapping, which is this value's alone, and nobody else has it now.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(offset), bytes.len()) };
-        Ok(())
+    /// Its contents: zeros, but for what was written and was not moved since.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the range is within the mapping, which is this value's alone, and nobody else has it, nor moves pages
+        // out of it, while it is borrowed.
+        unsafe { slice::from_raw_parts_mut(self.start, self.pages << PAGE_SHIFT) }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::options::human_size;
 /// The run, in a line.
 pub(super) fn summary(results: &Results) -> String {
     let quick = if results.quick { "a quick run, " } else { "" };
-    let emulated = if results.host.emulated { "on a host so slow that times mean little, " } else { "" };
+    let emulated = if results.host.emulated { "on an emulated host, whose times mean little, " } else { "" };
     let complete = if results.complete { "complete" } else { "interrupted: what was measured until then" };
     format!(
         "vmm {}, {}, took {}, {quick}{emulated}{complete}",

@@ -19,7 +19,7 @@ pub(super) fn bounded(figure: Figure, limit: Option<&str>) -> Figure {
 }
 
 pub(super) fn row(pairs: &[(&str, &str)], figures: Vec<Figure>) -> Row {
-    Row { case: Case::of(pairs), figures }
+    Row { case: Case::of(pairs), figures, ..Row::default() }
 }
 
 pub(in crate::bench) fn empty() -> Results {
