@@ -10,9 +10,9 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use dirty_track::addr::{Gfn, PageRange, PageSize};
+use dirty_track::addr::{Gfn, PageRange};
 use dirty_track::log::{Compression, Header, LogWriter, SlotInfo, StreamId};
-use dirty_track::tracker::Guarantees;
+use dirty_track::tracker::{Backing, Kind};
 use serde_json::{Value, json};
 use tests::conformance::{PATIENCE, wait_until};
 use tests::migration::{Fault, Proxy, Step, free_tcp};
@@ -479,14 +479,7 @@ fn header(pages: u64) -> Header {
         page_size: 4096,
         slots: vec![SlotInfo { id: 0, first: 0, pages }],
         tracker: "none".into(),
-        guarantees: Guarantees {
-            sees_guest_writes: true,
-            sees_host_writes: true,
-            may_report_reads: false,
-            granularity: PageSize::K4,
-            keeps_huge: true,
-            per_vcpu: false,
-        },
+        guarantees: Kind::None.guarantees(Backing::Private),
         contents: true,
         checked: false,
         creator: "a stranger".into(),

@@ -25,8 +25,10 @@ use crate::track::TrackConfig;
 const PAGES: u64 = 1024;
 /// Rounds measured.
 const ROUNDS: usize = 16;
-/// A host that is slower than this has other worries than an estimate.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// What fewer rounds say is worth nothing.
+const FEWEST: usize = 4;
+/// How long that may take: nothing is observed meanwhile.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 enum Step {
     /// The next pass runs over protected pages.
@@ -40,7 +42,7 @@ enum Step {
 /// Measures what a write under the tracker `kind`, made as `config` says, costs on this host; takes some hundred
 /// milliseconds. It is the lower quartile of some rounds, since whatever disturbs a round only adds to it; its error
 /// is taken from how far apart the quartiles are. `None` when the host cannot track, or when the result makes no
-/// sense.
+/// sense, or when the host is too slow to tell.
 ///
 /// # Errors
 /// When the scratch machine cannot be made.
@@ -113,11 +115,12 @@ pub fn measure(kind: Kind, config: &TrackConfig) -> Result<Option<FaultCost>, Ma
     // The tracker keeps a view of the scratch machine's RAM, which goes only when nobody does.
     *tracker.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
     rounds.sort_by(f64::total_cmp);
-    if rounds.len() < ROUNDS {
+    let measured = rounds.len();
+    if measured < FEWEST {
         return Ok(None);
     }
-    let (ns, median) = (rounds[ROUNDS / 4], rounds[ROUNDS / 2]);
-    Ok((ns > 0.0).then(|| FaultCost { ns, relative_error: (median / ns - 1.0) / (ROUNDS as f64).sqrt() }))
+    let (ns, median) = (rounds[measured / 4], rounds[measured / 2]);
+    Ok((ns > 0.0).then(|| FaultCost { ns, relative_error: (median / ns - 1.0) / (measured as f64).sqrt() }))
 }
 
 #[cfg(test)]

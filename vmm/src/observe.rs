@@ -232,16 +232,39 @@ impl Observing {
     pub(crate) fn finish(self, machine: &Machine, give_up: impl FnOnce()) -> Observed {
         // An observer that failed hears nothing any more.
         let _ = self.commands.send(Command::End);
-        let deadline = Instant::now() + FOR_READERS;
-        while !self.thread.is_finished() && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
-        }
-        give_up();
-        if !self.thread.is_finished() && machine.fault().is_some_and(|server| server.counts().waiting > 0) {
-            machine.give_up("the guest waits for pages that do not come");
+        let mut before = served(machine);
+        let mut give_up = Some(give_up);
+        while !self.ends_within(FOR_READERS) {
+            if let Some(give_up) = give_up.take() {
+                give_up();
+            }
+            // A slow host is not the reason to give up a guest; that nothing comes any more is.
+            let now = served(machine);
+            let waits = machine.fault().is_some_and(|server| server.counts().waiting > 0);
+            if waits && now == before {
+                machine.give_up("the guest waits for pages that do not come");
+                break;
+            }
+            before = now;
         }
         self.thread.join().unwrap_or_else(|panic| panic::resume_unwind(panic))
     }
+
+    fn ends_within(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.thread.is_finished()
+    }
+}
+
+/// How many pages the guest was given so far, or allowed to write.
+fn served(machine: &Machine) -> u64 {
+    machine.fault().map_or(0, |server| {
+        let counts = server.counts();
+        counts.installed + counts.opened
+    })
 }
 
 /// How long the end of a dump waits for who reads it, and that of a guest for its pages.

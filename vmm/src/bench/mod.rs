@@ -68,6 +68,14 @@ pub enum BenchError {
         /// What it said.
         why: String,
     },
+    /// Nothing is measured by that name.
+    #[error("no table has {only:?} in its title; there are:\n  {titles}")]
+    NoSuchTable {
+        /// What was asked for.
+        only: String,
+        /// A line each.
+        titles: String,
+    },
     /// A tracker is broken.
     #[error(
         "{tracker} missed {pages} pages that the guest wrote: that is a bug, and its figures mean nothing"
@@ -95,6 +103,8 @@ pub struct BenchConfig {
     pub what: Vec<Bench>,
     /// Less memory, fewer cases, fewer turns.
     pub quick: bool,
+    /// Part of the titles of the tables to measure; the limits are measured always.
+    pub only: Option<String>,
     /// Memory that a tracked guest works in, in bytes, if not what suits.
     pub memory: Option<u64>,
     /// Where to write the results, after every table.
@@ -211,17 +221,27 @@ pub fn run(config: &BenchConfig) -> Result<Ended, BenchError> {
     }
     let all = [Bench::Dirty, Bench::Fault, Bench::Restore, Bench::Migrate, Bench::Boot];
     let what = if config.what.is_empty() { &all[..] } else { &config.what };
-    let mut groups = limits::groups(plan);
-    for bench in what {
-        groups.extend(match bench {
+    let mut chosen: Vec<_> = what
+        .iter()
+        .flat_map(|bench| match bench {
             Bench::Limits => Vec::new(),
             Bench::Dirty => dirty::groups(plan),
             Bench::Fault => fault::groups(plan),
             Bench::Restore => restore::groups(plan, &monitors),
             Bench::Migrate => migrate::groups(plan, &monitors),
             Bench::Boot => boot::groups(plan, &monitors),
-        });
+        })
+        .collect();
+    if let Some(only) = &config.only {
+        let titles = chosen.iter().map(|group| group.title.as_str()).collect::<Vec<_>>().join("\n  ");
+        let none = BenchError::NoSuchTable { only: only.clone(), titles };
+        chosen.retain(|group| group.title.contains(only.as_str()));
+        if chosen.is_empty() {
+            return Err(none);
+        }
     }
+    let mut groups = limits::groups(plan);
+    groups.extend(chosen);
     let progress = Progress::new(groups.iter().map(|group| group.expected).sum());
     for group in groups {
         if interrupt.seen() {

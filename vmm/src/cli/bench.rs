@@ -59,6 +59,9 @@ pub(super) struct BenchArgs {
     /// Write a report to this directory: report.html, Markdown, CSV, plots
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
+    /// Only the tables whose title has this in it, such as "10 %" or "4 vCPUs"
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// Memory that a tracked guest works in [default: 256M, 64M if quick]
     #[arg(long, value_name = "SIZE", value_parser = options::size)]
     memory: Option<u64>,
@@ -77,8 +80,8 @@ pub(super) fn bench(verb: BenchVerb) -> ExitCode {
         BenchVerb::Boot(args) => (vec![Bench::Boot], args),
         BenchVerb::Compare { before, after, threshold } => return compare_verb(&before, &after, threshold),
     };
-    let BenchArgs { quick, json, report, memory, qemu } = args;
-    match bench::run(&BenchConfig { what, quick, memory, json, report, qemu }) {
+    let BenchArgs { quick, only, json, report, memory, qemu } = args;
+    match bench::run(&BenchConfig { what, quick, only, memory, json, report, qemu }) {
         Ok(Ended::Complete) => ExitCode::SUCCESS,
         Ok(Ended::Interrupted) => ExitCode::from(7),
         Err(error) => said(Err(error)),

@@ -476,7 +476,7 @@ pub(super) fn zeros(ram: &GuestRam, range: PageRange, zeros: &mut Zeros) -> Resu
 
 #[cfg(test)]
 mod tests {
-    use dirty_track::addr::PageSize;
+    use dirty_track::tracker::{Backing, Kind};
 
     use super::super::destination::absorb_all;
     use super::super::lane::Listener;
@@ -522,14 +522,7 @@ mod tests {
             let memory = MemoryConfig { size: 72 << 20, ..MemoryConfig::default() };
             let (here, there) = (Ram::new(memory).unwrap(), Ram::new(memory).unwrap());
             let shape = Shape { memory: memory.size, cpus: 1, disks: Vec::new(), rng: false, builtin: true };
-            let guarantees = Guarantees {
-                sees_guest_writes: true,
-                sees_host_writes: true,
-                may_report_reads: false,
-                granularity: PageSize::K4,
-                keeps_huge: true,
-                per_vcpu: false,
-            };
+            let guarantees = Kind::KvmManual.guarantees(Backing::Private);
             let listener = Listener::bind(&config.to, None).unwrap();
             let mut seed = 1;
             // Marsaglia's xorshift.

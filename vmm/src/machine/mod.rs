@@ -4,20 +4,19 @@
 //! for an SRCU grace period), one that is added before costs 0.1 ms. So: RAM, memslots, irqchip, devices,
 //! vCPUs, and the guest's own bytes last.
 //!
-//! A KVM that shadows page tables allocates 8 bytes per guest page for every memslot (its reverse map): half a
-//! millisecond for 1 GiB, a third of a second for 64 GiB. Under such a KVM the built-in guest starts with its
-//! first memslot, and the others are added while it runs. An access to RAM that is not there yet comes out as
-//! memory-mapped I/O; the vCPU waits for the memslot and makes the access itself. That is right for data and
-//! impossible for instructions and page tables, so only a guest that keeps these low is started this way.
+//! Some RAM may come even later: [`late_ram`].
 
-use std::fmt;
+mod late_ram;
+mod outcome;
+mod paused;
+mod virtio;
+
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 
-use dirty_track::addr::PageRange;
 use dirty_track::fault::{FaultError, FaultTracker, PageSource, Server};
 use dirty_track::sys::kvm;
 use dirty_track::sys::stats::{Stats, StatsError};
@@ -26,32 +25,37 @@ use dirty_track::tracker::{
     UffdAsync, UffdSync, Untracked,
 };
 use guest::abi::Doorbell;
-use kvm_bindings::kvm_sregs;
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::GuestMemoryBackend;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::VirtioSlot;
 use crate::boot::{self, BootError, Kernel};
-use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::QueueWorker;
 use crate::devices::virtio::disk::{Disk, DiskConfig, DiskError, DiskLock};
-use crate::devices::virtio::mmio::{NOTIFY_OFFSET, TransportError};
-use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::{self, MmioTransport, QueueWorker, VirtioDevice};
+use crate::devices::virtio::mmio::TransportError;
 use crate::devices::{GuestChannel, Platform};
 use crate::fault::{self, FaultConfig};
 use crate::gate::Gate;
 use crate::host::{self, KvmModule};
 use crate::memory::{Faults, MemoryConfig, MemoryError, Ram};
-use crate::state::{MachineState, MsrNumbers, StateError, VcpuState, VmState};
+use crate::state::{MachineState, StateError};
 use crate::sys::kick;
 use crate::timing::{Phase, Timing};
 use crate::track::TrackConfig;
 use crate::vcpu::{End, Vcpu};
 use crate::{acpi, cpuid, layout};
 
+pub use late_ram::LateRam;
+use late_ram::starts_low;
+use outcome::{OrEnd, Outcome};
+pub use paused::Paused;
+
 /// Most vCPUs: APIC ids of 8 bits, 255 being the broadcast.
 pub const MAX_CPUS: u8 = 254;
+
+/// A vCPU thread calls KVM and device code, none of it deep.
+const VCPU_STACK: usize = 128 << 10;
 
 /// Hears the built-in guest's doorbell, on the thread of the vCPU that rang, which waits meanwhile.
 /// Arguments: vCPU, what was rung, payload.
@@ -235,53 +239,6 @@ struct Threads {
     running: Vec<(u8, JoinHandle<()>)>,
 }
 
-/// How the machine ended, and who is told.
-struct Outcome {
-    end: Mutex<Option<End>>,
-    ended: EventFd,
-}
-
-impl Outcome {
-    /// The first end counts.
-    fn report(&self, end: End) {
-        let mut slot = self.end.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        slot.get_or_insert(end);
-        // An eventfd that cannot count on is readable already.
-        let _ = self.ended.write(1);
-    }
-}
-
-/// Where the guest's pages come from. One that cannot be had ends the machine: it is never given anything else instead.
-struct OrEnd {
-    source: Arc<dyn PageSource>,
-    outcome: Arc<Outcome>,
-    gate: Arc<Gate>,
-}
-
-impl fmt::Debug for OrEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.source.fmt(f)
-    }
-}
-
-impl OrEnd {
-    fn end(&self, error: io::Error) -> io::Error {
-        self.outcome.report(End::Failed(format!("the guest cannot go on: {error}")));
-        self.gate.stop();
-        error
-    }
-}
-
-impl PageSource for OrEnd {
-    fn fetch(&self, pages: PageRange, into: &mut [u8]) -> io::Result<()> {
-        self.source.fetch(pages, into).map_err(|error| self.end(error))
-    }
-
-    fn filled(&self, pages: PageRange, take: &mut dyn FnMut(PageRange)) -> io::Result<()> {
-        self.source.filled(pages, take).map_err(|error| self.end(error))
-    }
-}
-
 impl Machine {
     /// Builds the machine, ready to [`start`](Machine::start).
     ///
@@ -302,8 +259,7 @@ impl Machine {
             cpuid::check(&kvm, module, state)?;
         }
         let gate = Arc::new(Gate::new(usize::from(config.cpus)));
-        let ended = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
-        let outcome = Arc::new(Outcome { end: Mutex::new(None), ended });
+        let outcome = Arc::new(Outcome::new().map_err(system_error("create an eventfd"))?);
         if let Some(source) = config.fault.source.take() {
             let (outcome, gate) = (Arc::clone(&outcome), Arc::clone(&gate));
             config.fault.source = Some(Arc::new(OrEnd { source, outcome, gate }));
@@ -344,7 +300,7 @@ impl Machine {
             config.disks.iter().map(|disk| if comes { Disk::open_as_it_is(disk) } else { Disk::open(disk) });
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let locks = disks.iter().map(Disk::lock).collect::<Result<Vec<_>, _>>()?;
-        let (transports, workers, slots) = virtio_devices(&vm, &ram, disks, config.rng)?;
+        let (transports, workers, slots) = virtio::connect(&vm, &ram, disks, config.rng)?;
         let console = std::mem::replace(&mut config.console, Box::new(io::sink()));
         let platform = Platform::new(console, transports, timing.clone());
         let platform = Arc::new(platform.map_err(system_error("create the devices"))?);
@@ -563,12 +519,12 @@ impl Machine {
 
     /// How the machine ended, if it has.
     pub fn end(&self) -> Option<End> {
-        self.outcome.end.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        self.outcome.end()
     }
 
     /// Readable when the machine has ended by itself.
     pub fn ended(&self) -> &EventFd {
-        &self.outcome.ended
+        self.outcome.ended()
     }
 
     /// Guest RAM.
@@ -720,41 +676,6 @@ fn restore(state: &MachineState, vm: &VmFd, vcpus: &[Vcpu], platform: &Platform)
     Ok(platform.restore(&state.devices)?)
 }
 
-/// RAM that gets its memslots after the vCPUs have started.
-#[derive(Debug)]
-pub struct LateRam {
-    /// Index of the first late region.
-    first: usize,
-    all_there: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl LateRam {
-    fn new(first: usize) -> LateRam {
-        LateRam { first, all_there: Mutex::new(false), changed: Condvar::new() }
-    }
-
-    fn arrived(&self) {
-        *self.all_there.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits until all of RAM has its memslots.
-    pub fn wait(&self) {
-        let mut there = self.all_there.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        while !*there {
-            there = self.changed.wait(there).unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-    }
-}
-
-/// Whether the guest needs nothing but data from RAM beyond the first memslot. The built-in guest's page tables
-/// for huge pages take 4 KiB per GiB, and for small ones 2 MiB, which is too much to be sure.
-fn starts_low(config: &MachineConfig) -> bool {
-    let parsed = guest::cmdline::Config::parse(config.cmdline.as_bytes(), |_| ());
-    config.kernel == Kernel::BuiltIn && parsed.is_ok_and(|guest| guest.map == guest::cmdline::Mapping::Huge)
-}
-
 fn slots_of(ram: &Ram) -> Vec<Slot> {
     ram.mem().iter().enumerate().map(|(id, region)| Slot::of_region(id as u32, 0, region)).collect()
 }
@@ -766,107 +687,8 @@ fn add_memslots(vm: &VmFd, ram: &Ram, slots: Range<usize>) -> Result<(), kvm_ioc
     Ok(())
 }
 
-type VirtioDevices = (Vec<MmioTransport>, Vec<QueueWorker>, Vec<VirtioSlot>);
-
-/// Makes the virtio devices and connects their interrupts and notifications to `vm`.
-fn virtio_devices(vm: &VmFd, ram: &Ram, disks: Vec<Disk>, rng: bool) -> Result<VirtioDevices, MachineError> {
-    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::with_capacity(disks.len() + 1);
-    for disk in disks {
-        devices.push(Box::new(Blk::new(disk)));
-    }
-    if rng {
-        devices.push(Box::new(Rng));
-    }
-    if devices.len() > layout::VIRTIO_MAX {
-        return Err(MachineError::Devices { asked: devices.len(), max: layout::VIRTIO_MAX });
-    }
-    let (mut transports, mut workers, mut slots) = (Vec::new(), Vec::new(), Vec::new());
-    for (index, device) in devices.into_iter().enumerate() {
-        let base = layout::VIRTIO_BASE + index as u64 * layout::VIRTIO_STRIDE;
-        let gsi = layout::VIRTIO_GSI + index as u32;
-        let irq = EventFd::new(EFD_NONBLOCK).map_err(system_error("create an eventfd"))?;
-        vm.register_irqfd(&irq, gsi).map_err(kvm_error("connect a virtio device's interrupt"))?;
-        let (transport, worker) = MmioTransport::new(ram.mem().clone(), device, irq)?;
-        for (queue, event) in transport.queue_events().iter().enumerate() {
-            let notify = IoEventAddress::Mmio(base + NOTIFY_OFFSET);
-            vm.register_ioevent(event, &notify, queue as u32)
-                .map_err(kvm_error("connect a virtio queue's notification"))?;
-        }
-        transports.push(transport);
-        workers.push(worker);
-        slots.push(VirtioSlot { base, gsi });
-    }
-    Ok((transports, workers, slots))
-}
-
-/// A vCPU thread calls KVM and device code, none of it deep.
-const VCPU_STACK: usize = 128 << 10;
-
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// All vCPUs stand still while this lives.
-pub struct Paused<'a> {
-    machine: &'a Machine,
-}
-
-impl Paused<'_> {
-    /// The control registers and segments of each vCPU that has not ended, with its number, in the order of these.
-    pub fn system_registers(&self) -> Vec<(u8, kvm_sregs)> {
-        let found = Arc::new(Mutex::new(Vec::new()));
-        let errand = {
-            let found = Arc::clone(&found);
-            Arc::new(move |id: u8, fd: &VcpuFd| {
-                // KVM never refuses this for a vCPU that exists.
-                if let Ok(registers) = fd.get_sregs() {
-                    found.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((id, registers));
-                }
-            })
-        };
-        self.machine.gate.send(errand);
-        let mut found = std::mem::take(&mut *found.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
-        found.sort_unstable_by_key(|(id, _)| *id);
-        found
-    }
-}
-
-impl Paused<'_> {
-    /// The state of the machine besides its memory. Its devices take no request meanwhile; what of memory they wrote
-    /// before is there, and nothing more is written as long as the returned guards live.
-    ///
-    /// # Errors
-    /// See [`StateError`].
-    pub fn state(&self) -> Result<(MachineState, Vec<virtio::Paused>), StateError> {
-        let machine = self.machine;
-        let devices = machine.platform.pause();
-        let numbers = MsrNumbers::of_host()?;
-        let taken = Arc::new(Mutex::new(Vec::new()));
-        let errand = {
-            let taken = Arc::clone(&taken);
-            Arc::new(move |id: u8, fd: &VcpuFd| {
-                let state = VcpuState::take(id, fd, numbers);
-                taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(state);
-            })
-        };
-        machine.gate.send(errand);
-        let taken = std::mem::take(&mut *taken.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
-        let mut vcpus = taken.into_iter().collect::<Result<Vec<_>, _>>()?;
-        vcpus.sort_unstable_by_key(|vcpu| vcpu.id);
-        if let Some(ended) =
-            (0..machine.cpus as u8).find(|&id| vcpus.get(usize::from(id)).is_none_or(|vcpu| vcpu.id != id))
-        {
-            return Err(StateError::Ended(ended));
-        }
-        let vm = VmState::take(&machine.vm)?;
-        Ok((MachineState { vm, vcpus, devices: machine.platform.state() }, devices))
-    }
-}
-
-impl Drop for Paused<'_> {
-    fn drop(&mut self) {
-        self.machine.gate.open();
     }
 }
