@@ -144,7 +144,7 @@ impl Default for Host {
             tdp_mmu: true,
             eager_page_split: true,
             mmu: Mmu::Npt,
-            timeout: Duration::from_secs(900),
+            timeout: Duration::from_secs(1800),
         }
     }
 }

@@ -123,6 +123,11 @@ fn a_run_is_kept_and_told_and_the_same_as_itself() {
     }
     let (code, _, said) = compare(&home.path().join("nothing"), &[]);
     assert!(code == Some(1) && said.contains("cannot read"), "{said}");
+
+    // What is not measured is told before anything is.
+    let output = vmm().args(["bench", "boot", "--quick", "--only", "nonsense"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stdout).is_empty() && text(&output.stderr).contains("no table has \"nonsense\""));
 }
 
 #[test]

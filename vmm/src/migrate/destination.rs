@@ -196,6 +196,7 @@ impl Incoming {
         if takes_postcopy(&ram.config()) {
             // What came before and was written since is the source's again; and where a page of a block came, the others
             // may be there as well, as parts of a huge page of zeros.
+            let missing = postcopy::whole_blocks(missing, &slots);
             for range in &missing {
                 ram.discard(*range).map_err(MigrateError::System)?;
             }

@@ -13,7 +13,7 @@ use super::note::NoteError;
 use super::report::{MigrationReport, Phase};
 use super::rounds::{Next, Rounds};
 use super::source::{Copying, Gone, Sent};
-use super::{MigrateConfig, MigrateError};
+use super::{MigrateConfig, MigrateError, spans};
 use crate::brake::Brake;
 use crate::dump;
 use crate::live::{Epoch, Observer};
@@ -55,7 +55,10 @@ pub(crate) fn begin(
 impl Drive<'_> {
     /// Sees it through. Unless it says that it is completed, or in doubt, the guest runs on.
     pub(crate) fn run(mut self, copying: Copying) -> MigrationReport {
+        // A look at how the host backs memory would make each round longer.
+        self.observer.be_brief(true);
         let outcome = self.precopy(copying);
+        self.observer.be_brief(false);
         self.brake = None;
         let report = &mut self.report;
         match outcome {
@@ -90,6 +93,36 @@ impl Drive<'_> {
         Ok((runs, epoch.vcpu_pages))
     }
 
+    /// Sends `runs` in parts, with an epoch after each: what is written before its turn comes goes with it, and is not owed.
+    /// Returns what was sent, what is owed then, and how much each vCPU wrote.
+    fn round(
+        &mut self,
+        copying: &mut Copying,
+        runs: &[Span],
+    ) -> Result<(Sent, Vec<Span>, Vec<u64>), MigrateError> {
+        let ram = Arc::clone(self.machine.ram());
+        let (mut total, mut owed, mut written_by) = (Sent::default(), Vec::new(), Vec::new());
+        let mut part = runs.to_vec();
+        loop {
+            // What may have been written is compared with what was sent, which takes too long to be done often.
+            let most = if self.shadow.is_none() { PART_PAGES } else { u64::MAX };
+            let rest = spans::split(&mut part, most);
+            let sent = copying.send(&ram, &part, self.shadow.as_ref())?;
+            self.sent(&sent);
+            total.add(&sent);
+            let (written, by) = self.owed()?;
+            owed.extend(spans::without(&written, &rest));
+            written_by.resize(by.len(), 0);
+            written_by.iter_mut().zip(by).for_each(|(sum, pages)| *sum += pages);
+            if rest.is_empty() {
+                return Ok((total, spans::union(owed), written_by));
+            }
+            part = rest;
+            self.report.owed = pages(&part);
+            (self.tell)(&self.report);
+        }
+    }
+
     fn sent(&mut self, sent: &Sent) {
         self.report.pages += sent.pages;
         self.report.zero += sent.zero;
@@ -110,10 +143,8 @@ impl Drive<'_> {
         loop {
             self.report.owed = pages(&runs);
             (self.tell)(&self.report);
-            let sent = copying.send(&ram, &runs, self.shadow.as_ref())?;
-            self.sent(&sent);
-            let written_by;
-            (runs, written_by) = self.owed()?;
+            let (sent, written_by);
+            (sent, runs, written_by) = self.round(&mut copying, &runs)?;
             let owed = pages(&runs);
             self.report.rounds.push(sent.round(owed));
             let next = rounds.next(sent.bytes, sent.seconds, owed, &self.config.limits());
@@ -254,6 +285,10 @@ impl LastStep<'_> {
         Ok(complete.give_away())
     }
 }
+
+/// Pages that are sent between two looks at what was written: 32 MiB. To look costs some 10 us, and a fault for each page
+/// that is written again.
+const PART_PAGES: u64 = 8192;
 
 /// So many pages that were asked for are worth telling of.
 const TELL: u64 = 1024;

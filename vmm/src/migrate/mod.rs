@@ -50,6 +50,7 @@ mod postcopy;
 pub mod report;
 mod rounds;
 pub(crate) mod source;
+mod spans;
 pub mod tls;
 
 pub use address::Address;

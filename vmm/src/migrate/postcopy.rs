@@ -22,7 +22,7 @@ use dirty_track::log::{SlotInfo, StreamId};
 use super::MigrateError;
 use super::lane::{Cancel, Lane, Listener, PATIENCE, Way};
 use super::note::{Hello, Note, NoteError};
-use super::source::{Zeros, zeros};
+use super::source::{Zeros, blocks, zeros};
 use crate::memory::{GuestRam, Ram};
 
 /// Most pages of a request: a block.
@@ -70,6 +70,54 @@ pub(super) fn ranges(record: &[u8], slots: &[SlotInfo]) -> Option<Vec<PageRange>
         ranges.push(range);
     }
     Some(ranges)
+}
+
+/// What a destination asks for that is told to ask for `ranges`: these, in order, and all of a block of which half is among
+/// them, or too many pieces. What was sent of them has to be dropped while the guest stands still; a huge page goes in
+/// one stroke, whereas each piece of it costs some microseconds (Linux flushes TLBs every time), so that a guest that wrote
+/// here and there for a while would wait for hundreds of milliseconds.
+pub(super) fn whole_blocks(mut ranges: Vec<PageRange>, slots: &[SlotInfo]) -> Vec<PageRange> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let pieces: Vec<PageRange> = joined(ranges, slots).into_iter().flat_map(blocks).collect();
+    let mut asked = Vec::with_capacity(pieces.len());
+    let place = |piece: &PageRange| (piece.start.block(), slot(slots, piece.start));
+    for pieces in pieces.chunk_by(|a, b| place(a) == place(b)) {
+        let pages: u64 = pieces.iter().map(|piece| piece.pages).sum();
+        let many = pages * 2 >= LEAVES_PER_BLOCK || pieces.len() > MOST_PIECES;
+        match pieces.first().map(place) {
+            Some((block, Some(slot))) if many => {
+                let start = Gfn(block * LEAVES_PER_BLOCK).max(slot.start);
+                let end = Gfn((block + 1) * LEAVES_PER_BLOCK).min(slot.end());
+                asked.push(PageRange { start, pages: end.0 - start.0 });
+            }
+            _ => asked.extend_from_slice(pieces),
+        }
+    }
+    joined(asked, slots)
+}
+
+/// Pieces of a block that are dropped one by one.
+const MOST_PIECES: usize = 64;
+
+/// `ranges`, which are in order and each in one slot, without overlaps, and without seams but those of slots.
+fn joined(ranges: Vec<PageRange>, slots: &[SlotInfo]) -> Vec<PageRange> {
+    let mut joined: Vec<PageRange> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last)
+                if range.start <= last.end() && slot(slots, range.start) == slot(slots, last.start) =>
+            {
+                last.pages = last.end().max(range.end()).0 - last.start.0;
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// The frames of the slot that has `gfn`.
+fn slot(slots: &[SlotInfo], gfn: Gfn) -> Option<PageRange> {
+    slots.iter().map(SlotInfo::frames).find(|frames| frames.contains(gfn))
 }
 
 /// Where the pages of `range`, which are all in one slot, come in the row of all pages.
@@ -472,6 +520,30 @@ mod tests {
     #[test]
     fn requests_are_read_as_they_are_written() {
         assert_eq!(decode(&encode(range(1 << 40, 512), PAGES)), (range(1 << 40, 512), PAGES));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_what_is_missing_and_whole_blocks_where_that_is_much() {
+        // In the midst of block 2, and from there to the midst of block 5.
+        let slots = [SlotInfo { id: 0, first: 0, pages: 1300 }, SlotInfo { id: 1, first: 1300, pages: 1500 }];
+        let asked = |ranges: &[PageRange]| whole_blocks(ranges.to_vec(), &slots);
+        // Few pages stay what they are; told twice, or in pieces, they are the same.
+        let few = [range(3, 1), range(600, 2), range(1299, 1), range(1300, 1)];
+        assert_eq!(asked(&few), few);
+        assert_eq!(asked(&[range(601, 1), range(3, 1), range(600, 2)]), [range(3, 1), range(600, 2)]);
+        assert_eq!(asked(&[range(600, 2), range(602, 3)]), [range(600, 5)]);
+        // Half a block is all of it, and no other's.
+        assert_eq!(asked(&[range(512, 255), range(3, 1)]), [range(3, 1), range(512, 255)]);
+        assert_eq!(asked(&[range(513, 256), range(3, 1)]), [range(3, 1), range(512, 512)]);
+        assert_eq!(asked(&[range(500, 524)]), [range(500, 524)]);
+        // A block that two slots share is asked for by slots, and no range is in two.
+        assert_eq!(asked(&[range(1030, 270), range(1300, 1)]), [range(1024, 276), range(1300, 1)]);
+        assert_eq!(asked(&[range(1024, 276), range(1300, 1500)]), [range(1024, 276), range(1300, 1500)]);
+        // So are many pieces.
+        let pieces = |count: u64| (0..count).map(|piece| range(1536 + 2 * piece, 1)).collect::<Vec<_>>();
+        assert_eq!(asked(&pieces(64)), pieces(64));
+        assert_eq!(asked(&pieces(65)), [range(1536, 512)]);
+        assert_eq!(asked(&[]), []);
     }
 
     #[test]

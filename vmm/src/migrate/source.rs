@@ -367,7 +367,7 @@ fn header(id: StreamId, ram: &Ram, tracker: &str, guarantees: Guarantees) -> Hea
 }
 
 /// `range` in parts that are each within a block.
-fn blocks(range: PageRange) -> impl Iterator<Item = PageRange> {
+pub(super) fn blocks(range: PageRange) -> impl Iterator<Item = PageRange> {
     let mut at = range.start.0;
     std::iter::from_fn(move || {
         let end = range.end().0.min((at / LEAVES_PER_BLOCK + 1) * LEAVES_PER_BLOCK);
