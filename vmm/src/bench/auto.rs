@@ -19,6 +19,8 @@ pub struct Verdict {
     pub best: f64,
     /// Which is this one.
     pub tracker: String,
+    /// Whether a figure that this is made of is noisy.
+    pub noisy: bool,
 }
 
 impl Verdict {
@@ -39,7 +41,10 @@ pub fn summary(results: &Results) -> String {
     let missed: Vec<_> = verdicts
         .iter()
         .filter(|verdict| !verdict.is_well())
-        .map(|verdict| format!("{} ({:.2}x) at {}", verdict.tracker, verdict.ratio(), verdict.title))
+        .map(|verdict| {
+            let noisy = if verdict.noisy { "~" } else { "" };
+            format!("{} ({noisy}{:.2}x) at {}", verdict.tracker, verdict.ratio(), verdict.title)
+        })
         .collect();
     match missed.is_empty() {
         _ if verdicts.is_empty() => "not measured".to_owned(),
@@ -48,9 +53,10 @@ pub fn summary(results: &Results) -> String {
     }
 }
 
-/// What an epoch costs.
-fn cost(row: &Row) -> Option<f64> {
-    Some(row.figure("dirty memory")?.median + row.figure("get and clear")?.median)
+/// What an epoch costs, and whether that is noisy.
+fn cost(row: &Row) -> Option<(f64, bool)> {
+    let (pass, harvest) = (row.figure("dirty memory")?, row.figure("get and clear")?);
+    Some((pass.median + harvest.median, pass.noisy || harvest.noisy))
 }
 
 /// For every table that has both.
@@ -69,9 +75,15 @@ fn verdict(results: &Results, table: &Table) -> Option<Verdict> {
         .filter(sound)
         .filter_map(|row| Some((row.case.get("tracker"), cost(row)?)))
         .collect();
-    let (_, chosen) = costs.iter().find(|(tracker, _)| *tracker == results.host.auto)?;
-    let (tracker, best) = costs.iter().min_by(|a, b| a.1.total_cmp(&b.1))?;
-    Some(Verdict { title: table.title.clone(), chosen: *chosen, best: *best, tracker: (*tracker).to_owned() })
+    let &(_, (chosen, noisy)) = costs.iter().find(|(tracker, _)| *tracker == results.host.auto)?;
+    let &(tracker, (best, also)) = costs.iter().min_by(|(_, (a, _)), (_, (b, _))| a.total_cmp(b))?;
+    Some(Verdict {
+        title: table.title.clone(),
+        chosen,
+        best,
+        tracker: tracker.to_owned(),
+        noisy: noisy || also,
+    })
 }
 
 #[cfg(test)]
@@ -117,6 +129,10 @@ mod tests {
         let [verdict] = &verdicts(&results(&costs))[..] else { panic!("one table") };
         assert_eq!((verdict.tracker.as_str(), verdict.is_well()), ("exact", false));
         assert!((verdict.ratio() - 1.25).abs() < 1e-9);
+        let mut measured = results(&costs);
+        assert_eq!(summary(&measured), "exact (1.25x) at a table");
+        measured.tables[0].rows[0].figures[0].noisy = true;
+        assert_eq!(summary(&measured), "exact (~1.25x) at a table");
         let [verdict] = &verdicts(&results(&[("kvm-manual", "all", 1.0), ("exact", "all", 0.95)]))[..] else {
             panic!("one table")
         };

@@ -22,9 +22,9 @@
 //!     |----------------------------------------------------------->|
 //!     |                                                 welcome    |  makes the machine
 //!     |<-----------------------------------------------------------|
-//!     |  epoch 0: all of memory                                    |
+//!     |  epochs: all of memory                                     |
 //!     |----------------------------------------------------------->|  writes it
-//!     |  epoch 1, 2 ...: what was written meanwhile                |
+//!     |  more epochs: what was written meanwhile                   |
 //!     |----------------------------------------------------------->|
 //!  stops the guest                                                 |
 //!     |  last epoch, state, end                                    |
