@@ -335,7 +335,9 @@ fn the_monitor_serves_the_faults_of_its_guest() {
     // It comes to an end by itself: what is recorded then is all that it touched.
     let recording = [
         "--cmdline",
-        "workload=rand region=32M passes=3",
+        "workload=rand region=32M passes=1",
+        "--duration",
+        "0",
         "--prefault",
         "around=64K",
         "--prefault-age",
