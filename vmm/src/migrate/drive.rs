@@ -118,7 +118,8 @@ impl Drive<'_> {
                 return Ok((total, spans::union(owed), written_by));
             }
             part = rest;
-            self.report.owed = pages(&part);
+            // Of what is owed already, some may be counted twice.
+            self.report.owed = pages(&part) + pages(&owed);
             (self.tell)(&self.report);
         }
     }
@@ -286,8 +287,8 @@ impl LastStep<'_> {
     }
 }
 
-/// Pages that are sent between two looks at what was written: 32 MiB. To look costs some 10 us, and a fault for each page
-/// that is written again.
+/// Pages that are sent between two looks at what was written: 32 MiB. Each look costs a harvest, and the guest a fault for
+/// each page that it writes again.
 const PART_PAGES: u64 = 8192;
 
 /// So many pages that were asked for are worth telling of.

@@ -524,7 +524,7 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_is_what_is_missing_and_whole_blocks_where_that_is_much() {
-        // In the midst of block 2, and from there to the midst of block 5.
+        // The second slot begins in the midst of block 2, and ends in that of block 5.
         let slots = [SlotInfo { id: 0, first: 0, pages: 1300 }, SlotInfo { id: 1, first: 1300, pages: 1500 }];
         let asked = |ranges: &[PageRange]| whole_blocks(ranges.to_vec(), &slots);
         // Few pages stay what they are; told twice, or in pieces, they are the same.
