@@ -8,6 +8,7 @@
 //! broken connection harmless: the source connects again, says which migration it is about, and whoever waited for an
 //! answer asks anew. A guest that needs a page meanwhile waits.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -264,11 +265,11 @@ pub(crate) struct Rest {
     lanes: usize,
 }
 
-/// Connections that nobody uses at the moment.
+/// Connections that nobody uses at the moment. They take turns: one that has broken off is noticed before all depends on it.
 #[derive(Debug, Default)]
 struct Pools {
-    urgent: Vec<Lane>,
-    bulk: Vec<Lane>,
+    urgent: VecDeque<Lane>,
+    bulk: VecDeque<Lane>,
     /// Nobody needs them any more.
     ended: bool,
 }
@@ -329,8 +330,8 @@ impl Rest {
         let mut pools = self.lock();
         match pools.ended {
             true => complete(&mut lane),
-            false if bulk => pools.bulk.push(lane),
-            false => pools.urgent.push(lane),
+            false if bulk => pools.bulk.push_back(lane),
+            false => pools.urgent.push_back(lane),
         }
         self.changed.notify_all();
     }
@@ -343,7 +344,7 @@ impl Rest {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
             let bulk = !urgent && self.lanes > 1;
-            let lane = if bulk { pools.bulk.pop() } else { pools.urgent.pop() };
+            let lane = if bulk { pools.bulk.pop_front() } else { pools.urgent.pop_front() };
             if let Some(lane) = lane {
                 return Ok((lane, bulk));
             }
