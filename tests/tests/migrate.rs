@@ -323,10 +323,10 @@ fn a_guest_that_writes_too_fast_is_asked_for_page_by_page() {
 }
 
 /// A guest for which [`POSTCOPY`] is too slow, and which does not take it long all the same.
-const TOO_FAST: &str = "workload=mixed region=16M verify=on quiet=on passes=0";
+const TOO_FAST: &str = "workload=rand region=12M nonzero=on verify=on quiet=on passes=0";
 
 /// More connections than these two, so that one is left when another breaks; too slow to converge.
-const POSTCOPY: &[&str] = &["--postcopy", "--connections", "3", "--bandwidth", "10M", "--downtime", "1ms"];
+const POSTCOPY: &[&str] = &["--postcopy", "--connections", "3", "--bandwidth", "20M", "--downtime", "1ms"];
 
 /// What is only at a source that is gone nobody has: the guest waits for it, and gets nothing else instead.
 #[test]
