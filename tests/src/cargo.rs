@@ -60,7 +60,16 @@ fn executable(arguments: &[&str], name: &str) -> Result<PathBuf, Error> {
         return Ok(path.clone());
     }
     let cargo = PathBuf::from(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    let output = Command::new(&cargo)
+    let mut command = Command::new(&cargo);
+    // What cargo tells a test of its package would be news to build scripts that look at it (ring's), and all that depends
+    // on these would be built once more.
+    let of_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_"];
+    for (name, _) in env::vars_os() {
+        if of_package.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+            command.env_remove(name);
+        }
+    }
+    let output = command
         .args(arguments)
         .args(["--quiet", "--message-format=json-render-diagnostics", "--target-dir"])
         .arg(target_dir())
