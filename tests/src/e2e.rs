@@ -6,7 +6,7 @@ use crate::rig::{Payload, quote};
 /// Names the `vmm` executable that tests use, where there is no cargo to build it.
 pub const VMM_ENV: &str = "VMM_BINARY";
 
-/// Set in a rig, where everything takes a hundred times as long.
+/// Set in a rig, where everything takes a hundred times as long: to how many cases of a test in many run there.
 pub const RIG_ENV: &str = "IN_RIG";
 
 /// Words that every built-in guest of these tests gets besides, e.g. `interrupts=on`. Set in a rig that needs them.
@@ -49,11 +49,19 @@ pub const ON_EPT: [(&str, &[&str]); 2] = [
     ),
 ];
 
-/// `vmm` and test executables, each of which runs with its arguments; the exit status is that of the last that fails.
+/// Cases of a test in many that run in a rig whose host is not the default one.
+pub const FEW: usize = 1;
+
+/// The same on the default host.
+pub const SOME: usize = 2;
+
+/// `vmm` and test executables, each of which runs with its arguments, and so many cases of tests in many; the exit status
+/// is that of the last that fails.
 pub fn payload<'a, A: AsRef<str>>(
     harnesses: impl IntoIterator<Item = (&'a str, impl IntoIterator<Item = A>)>,
+    cases: usize,
 ) -> Result<Payload, cargo::Error> {
-    let mut script = format!("export {VMM_ENV}=/bin/vmm {RIG_ENV}=true CI=true\nfailed=0\n");
+    let mut script = format!("export {VMM_ENV}=/bin/vmm {RIG_ENV}={cases} CI=true\nfailed=0\n");
     script +=
         "(cd /sys/module; for name in npt ept pml; do grep -s . kvm_*/parameters/$name /dev/null; done)\n";
     let mut payload = with_vmm(Payload::default())?;
@@ -70,4 +78,10 @@ pub fn payload<'a, A: AsRef<str>>(
 /// Whether this process runs in a rig.
 pub fn in_rig() -> bool {
     std::env::var_os(RIG_ENV).is_some()
+}
+
+/// Of the `cases` of a test in many those that run here: in a rig just some, the first ones.
+pub fn some<T>(cases: &[T]) -> &[T] {
+    let some = std::env::var(RIG_ENV).map_or(usize::MAX, |text| text.parse().unwrap_or(SOME));
+    &cases[..cases.len().min(some)]
 }

@@ -117,7 +117,7 @@ impl Mmu {
 }
 
 /// How the L1 host is made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
     /// Series of its stock kernel: `6.12`, `6.1`, `7.2`.
     pub kernel: String,

@@ -39,17 +39,14 @@ const fn case(cmdline: &'static str, cpus: u8, huge: HugePages, shared: bool) ->
 
 /// Backings, rings, numbers of vCPUs and workloads: each value of each with some values of the others.
 const CASES: [Case; 7] = [
-    case("workload=rand region=32M", 1, HugePages::Thp, false),
     case("workload=mixed region=48M reads=50", 2, HugePages::Thp, false),
+    case("workload=rand region=32M", 1, HugePages::Thp, false),
     case("workload=fill region=16M", 4, HugePages::None, false),
     case("workload=hot region=32M map=4k", 2, HugePages::None, true),
     case("workload=zipf region=32M map=lazy around=16", 2, HugePages::Thp, true),
     case("workload=rand region=16M ring=0", 1, HugePages::Thp, false),
     case("workload=stride region=32M", 1, HugePages::None, true),
 ];
-
-/// Cases that run in the rig, where everything takes a hundred times as long.
-const CASES_IN_RIG: usize = 2;
 
 /// Entries of a dirty ring: few, so that it fills up.
 const RING_ENTRIES: u32 = 1024;
@@ -83,11 +80,10 @@ fn soak() -> u32 {
 
 /// Every case, as often as asked for.
 fn conforms(kind: Kind) {
-    conform(&format!("{kind} conforms"), &kind.into(), &CASES, CASES_IN_RIG);
+    conform(&format!("{kind} conforms"), &kind.into(), e2e::some(&CASES));
 }
 
-/// The `cases`, just so many `in_rig`.
-fn conform(test: &str, track: &TrackConfig, cases: &[Case], in_rig: usize) {
+fn conform(test: &str, track: &TrackConfig, cases: &[Case]) {
     let kind = track.kind.expect("the tracker is named");
     if let Err(error) = open_kvm() {
         return skip::skip(test, &error.to_string());
@@ -96,7 +92,6 @@ fn conform(test: &str, track: &TrackConfig, cases: &[Case], in_rig: usize) {
     if let Some(lacks) = kind.lacks(&facts) {
         return skip::skip(test, &format!("this host lacks {lacks}"));
     }
-    let cases = if e2e::in_rig() { &cases[..in_rig] } else { cases };
     let mut reported = 0;
     for (seed, case) in (1..).zip(cases) {
         if case.cmdline.contains("ring=0")
@@ -146,7 +141,7 @@ fn uffd_sync_conforms() {
 #[test]
 fn uffd_sync_by_blocks_conforms() {
     let track = TrackConfig { unit: PageSize::M2, ..Kind::UffdSync.into() };
-    conform("uffd-sync by 2M conforms", &track, &CASES[..2], 1);
+    conform("uffd-sync by 2M conforms", &track, &CASES[..if e2e::in_rig() { 1 } else { 2 }]);
 }
 
 #[test]
@@ -154,7 +149,8 @@ fn kvm_manual_with_dense_skip_conforms() {
     let rearm = Rearm::DenseSkip(DenseSkip::new(64, 2).expect("in range"));
     let track = TrackConfig { rearm, ..Kind::KvmManual.into() };
     // One guest has dense blocks, the other has none.
-    conform("kvm-manual with dense-skip conforms", &track, &[CASES[2], CASES[0]], 1);
+    let cases = [CASES[2], CASES[1]];
+    conform("kvm-manual with dense-skip conforms", &track, &cases[..if e2e::in_rig() { 1 } else { 2 }]);
 }
 
 #[test]
@@ -190,7 +186,9 @@ fn all_conform_over_hugetlb() {
             skip::skip(test, &format!("{kind}: this host lacks {lacks}"));
             continue;
         }
-        for shared in [false, true] {
+        // In the rig private memory and a file take turns.
+        let backings = [seed % 2 == 0, seed % 2 == 1];
+        for &shared in &backings[..if e2e::in_rig() { 1 } else { 2 }] {
             conforms_in(
                 &kind.into(),
                 &case("workload=rand region=16M", 2, HugePages::Hugetlb2M, shared),

@@ -20,7 +20,7 @@ use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::backing::{ALL, Backed, Backing, SLOTS, memfd};
-use crate::machine::{Machine, frames, kvm, skip};
+use crate::machine::{Machine, frames, in_rig, kvm, skip};
 
 /// One test at a time borrows huge pages.
 static POOL: Mutex<()> = Mutex::new(());
@@ -405,6 +405,7 @@ struct Gate {
     opened: Condvar,
     asked: AtomicU32,
     panics: AtomicBool,
+    fails: AtomicBool,
 }
 
 impl Gate {
@@ -428,7 +429,47 @@ impl PageSource for Gate {
         }
         let open = self.open.lock().unwrap();
         drop(self.opened.wait_while(open, |open| !*open).unwrap());
-        Originals.fetch(pages, into)
+        match self.fails.swap(false, Ordering::SeqCst) {
+            true => Err(io::ErrorKind::ConnectionReset.into()),
+            false => Originals.fetch(pages, into),
+        }
+    }
+}
+
+/// What is being brought in already is not fetched by a handler, too; if it cannot be had it is asked for anew.
+#[test]
+fn who_asks_for_what_is_on_its_way_gets_it() {
+    let test = "fault::who_asks_for_what_is_on_its_way_gets_it";
+    let Some(kvm) = kvm(test) else { return };
+    for fails in [false, true] {
+        let (machine, mut guest) = Machine::new(&kvm, &SLOTS);
+        let gate = Arc::new(Gate { fails: fails.into(), ..Gate::default() });
+        let policies = Policies { prefault: Prefault::Recorded, ..Policies::default() };
+        let working_set = WorkingSet::new([PageRange { start: Gfn(0x400), pages: 0x20 }]);
+        let config = Config { policies, working_set, ..Config::default() };
+        let Some(server) = serve(test, &machine, &Source::Fetch(gate.clone()), config) else { return };
+        gate.wait_for(1);
+        let (asked, finished, waiting) = thread::scope(|scope| {
+            // A page that comes, and one of its block that does not.
+            let writes = scope.spawn(|| guest.write(&[Gfn(0x410), Gfn(0x430)], 1));
+            while server.counts().waiting == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            // As long as a fetch would take.
+            thread::sleep(Duration::from_millis(20));
+            let asked = gate.asked.load(Ordering::SeqCst);
+            let so_far = (asked, writes.is_finished(), server.counts().waiting);
+            gate.open();
+            so_far
+        });
+        assert_eq!((asked, finished, waiting), (1, false, 1));
+        let asked = if fails { 3 } else { 2 };
+        assert_eq!(gate.asked.load(Ordering::SeqCst), asked, "fails: {fails}");
+        assert_eq!((counts(&server).waiting, counts(&server).failures), (0, u64::from(fails)));
+        for gfn in [0x410, 0x430] {
+            assert_page(&machine, Gfn(gfn), original(Gfn(gfn)), Some(1));
+        }
+        check(&server);
     }
 }
 
@@ -652,6 +693,7 @@ fn check_running(server: &Server) {
 fn writers_harvests_drops_and_collapses_at_once_lose_nothing() {
     let test = "fault::writers_harvests_drops_and_collapses_at_once_lose_nothing";
     let Some(kvm) = kvm(test) else { return };
+    let rounds = if in_rig() { 4 } else { 16 };
     // A soak of as many minutes takes this many times as long.
     let soak = std::env::var("SOAK").ok().and_then(|text| text.parse::<u32>().ok()).unwrap_or(1);
     let adaptive = Split::Adaptive(Threshold::new(40).unwrap());
@@ -660,6 +702,6 @@ fn writers_harvests_drops_and_collapses_at_once_lose_nothing() {
         (Split::Block, Prefault::Block, Age::Young),
         (adaptive, Prefault::None, Age::Old),
     ] {
-        race(test, &kvm, Policies { split, prefault, age }, 16 * soak);
+        race(test, &kvm, Policies { split, prefault, age }, rounds * soak);
     }
 }

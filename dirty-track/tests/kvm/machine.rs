@@ -80,6 +80,11 @@ pub(crate) fn skip(test: &str, why: impl Display) {
     }
 }
 
+/// Whether this runs under an emulator, where everything takes a hundred times as long.
+pub(crate) fn in_rig() -> bool {
+    std::env::var_os("IN_RIG").is_some()
+}
+
 /// `/dev/kvm`, or `None` and a line on the terminal that says that `test` is skipped.
 pub(crate) fn kvm(test: &str) -> Option<Kvm> {
     Kvm::new().inspect_err(|error| skip(test, format_args!("cannot open /dev/kvm: {error}"))).ok()

@@ -171,9 +171,11 @@ fn run(options: Options) -> Result<u8, Box<dyn Error>> {
         }
         Verb::Test { arguments } => {
             let payload = match options.mmu {
-                Paging::Ept if arguments.is_empty() => e2e::payload(e2e::ON_EPT)?,
-                Paging::Ept => e2e::payload(e2e::ON_EPT.map(|(name, _)| (name, &arguments)))?,
-                Paging::Npt | Paging::Shadow => e2e::payload(e2e::HARNESSES.map(|name| (name, &arguments)))?,
+                Paging::Ept if arguments.is_empty() => e2e::payload(e2e::ON_EPT, e2e::FEW)?,
+                Paging::Ept => e2e::payload(e2e::ON_EPT.map(|(name, _)| (name, &arguments)), e2e::FEW)?,
+                Paging::Npt | Paging::Shadow => {
+                    e2e::payload(e2e::HARNESSES.map(|name| (name, &arguments)), e2e::SOME)?
+                }
             };
             host.interact(&store, &prepare(payload)?)?
         }
