@@ -1,6 +1,7 @@
 //! How fast a running guest is moved over a Unix socket, and how long it stands still for that: no page of it is all zeros, and
 //! its memory is there on both sides before. Beside it, in the same turns, the limit: as many bytes copied through a socket into
-//! memory like the destination's; and QEMU with the same guest.
+//! memory like the destination's; and QEMU with the same guest. And how long it stands still when it goes on before its memory
+//! has come, because the link is too slow for what it writes.
 
 use std::time::Duration;
 use std::{fs, thread};
@@ -10,7 +11,7 @@ use serde_json::json;
 use super::monitors::{Monitors, Process, Qmp, failed, file, wait};
 use super::results::{Bench, Better, Case, Unit};
 use super::turns::{Contender, Quantity, Readings};
-use super::{BenchError, Group, Plan, limits};
+use super::{BenchError, Group, Plan, Scale, limits};
 
 static TOTAL: Quantity = Quantity::decisive("total", Unit::Ms, Better::Lower);
 static STILL: Quantity = Quantity::new("still", Unit::Ms, Better::Lower);
@@ -23,13 +24,20 @@ struct Way {
     name: &'static str,
     ring: bool,
     multifd: bool,
+    postcopy: bool,
 }
 
+const ONE: Way = Way { name: "QEMU", ring: false, multifd: false, postcopy: false };
+
 const WAYS: [Way; 3] = [
-    Way { name: "QEMU", ring: false, multifd: false },
-    Way { name: "QEMU multifd", ring: false, multifd: true },
-    Way { name: "QEMU multifd, ring", ring: true, multifd: true },
+    ONE,
+    Way { name: "QEMU multifd", multifd: true, ..ONE },
+    Way { name: "QEMU multifd, ring", ring: true, multifd: true, ..ONE },
 ];
+
+/// MiB per second of a link that is too slow for a guest that writes flat out: it goes on at the destination before its memory
+/// is there.
+const SLOW_LINK: u64 = 400;
 
 /// What the guest writes: "0", megabytes per second, or "flat out".
 type Rate = &'static str;
@@ -37,16 +45,33 @@ type Rate = &'static str;
 pub(super) fn groups(plan: &Plan, monitors: &Monitors) -> Vec<Group<'static>> {
     let rates: &[Rate] = plan.scale.of(&["0"], &["0", "flat out"], &["0", "100", "500", "flat out"]);
     let mib = plan.scale.of(32, 256, 1024);
-    rates.iter().map(|rate| group(plan, monitors, mib, rate)).collect()
+    let fast = rates.iter().map(|rate| precopy(plan, monitors, mib, rate));
+    fast.chain((plan.scale != Scale::Work).then(|| postcopy(plan, monitors, mib))).collect()
 }
 
-fn group(plan: &Plan, monitors: &Monitors, mib: u64, rate: Rate) -> Group<'static> {
+fn case(monitor: &str, how: &str, written: &str) -> Case {
+    Case::of(&[("monitor", monitor), ("how", how), ("written", written)])
+}
+
+fn group<'a>(
+    plan: &Plan,
+    monitors: &Monitors,
+    title: String,
+    vmm: Duration,
+    contenders: Vec<Contender<'a>>,
+) -> Group<'a> {
+    let of_qemu = contenders.len().saturating_sub(2) as u32 * Duration::from_millis(4300);
+    let turn = vmm + if monitors.has_qemu() { of_qemu } else { Duration::ZERO };
+    let mut effort = plan.effort();
+    effort.time *= 3;
+    Group { bench: Bench::Migrate, title, lacks: None, expected: turn * plan.turns(), effort, contenders }
+}
+
+fn precopy(plan: &Plan, monitors: &Monitors, mib: u64, rate: Rate) -> Group<'static> {
     let written = if rate == "flat out" { rate.to_owned() } else { format!("{rate} MB/s") };
-    let case =
-        |monitor: &str, how: &str| Case::of(&[("monitor", monitor), ("how", how), ("written", &written)]);
     let limit = Some((0, "the same bytes through a socket"));
     let mut contenders = vec![Contender {
-        case: case("socket", "-"),
+        case: case("socket", "-", &written),
         limit: None,
         measure: Box::new(move |readings| {
             let took = limits::socket(mib as usize)?.as_secs_f64();
@@ -55,27 +80,36 @@ fn group(plan: &Plan, monitors: &Monitors, mib: u64, rate: Rate) -> Group<'stati
             Ok(())
         }),
     }];
-    for how in ["precopy", "postcopy"] {
-        // What fits into the time that the guest may stand still needs no switch.
-        if how == "postcopy" && rate == "0" {
-            continue;
-        }
-        let monitors = monitors.clone();
-        let measure =
-            move |readings: &mut Readings| by_vmm(&monitors, mib, rate, how == "postcopy", readings);
-        contenders.push(Contender { case: case("vmm", how), limit, measure: Box::new(measure) });
-    }
+    let ours = monitors.clone();
+    let measure = move |readings: &mut Readings| by_vmm(&ours, mib, rate, false, readings);
+    contenders.push(Contender { case: case("vmm", "precopy", &written), limit, measure: Box::new(measure) });
     for way in WAYS.into_iter().filter(|_| monitors.has_qemu()) {
         let monitors = monitors.clone();
         let measure = move |readings: &mut Readings| by_qemu(&monitors, mib, rate, way, readings);
-        contenders.push(Contender { case: case(way.name, "precopy"), limit, measure: Box::new(measure) });
+        let case = case(way.name, "precopy", &written);
+        contenders.push(Contender { case, limit, measure: Box::new(measure) });
     }
-    let turn =
-        Duration::from_millis(900 + mib) + Duration::from_secs(if monitors.has_qemu() { 13 } else { 0 });
     let title = format!("live migration of a guest of {mib} MiB that writes {written}");
-    let mut effort = plan.effort();
-    effort.time *= 3;
-    Group { bench: Bench::Migrate, title, lacks: None, expected: turn * plan.turns(), effort, contenders }
+    group(plan, monitors, title, Duration::from_millis(900 + mib), contenders)
+}
+
+/// There is no limit: nothing that a socket can do takes as long as this link.
+fn postcopy(plan: &Plan, monitors: &Monitors, mib: u64) -> Group<'static> {
+    let rate = "flat out";
+    let written = format!("{rate}, postcopy at {SLOW_LINK} MiB/s");
+    let ours = monitors.clone();
+    let measure = move |readings: &mut Readings| by_vmm(&ours, mib, rate, true, readings);
+    let mut contenders =
+        vec![Contender { case: case("vmm", "postcopy", &written), limit: None, measure: Box::new(measure) }];
+    if monitors.has_qemu() {
+        let way = Way { postcopy: true, ..ONE };
+        let theirs = monitors.clone();
+        let measure = move |readings: &mut Readings| by_qemu(&theirs, mib, rate, way, readings);
+        let case = case(way.name, "postcopy", &written);
+        contenders.push(Contender { case, limit: None, measure: Box::new(measure) });
+    }
+    let title = format!("postcopy of a guest of {mib} MiB that writes {rate}, over {SLOW_LINK} MiB/s");
+    group(plan, monitors, title, Duration::from_millis(900 + mib * 8), contenders)
 }
 
 fn workload(mib: u64, rate: Rate) -> String {
@@ -116,9 +150,10 @@ fn by_vmm(
         (at("there"), if postcopy { format!("size={mib}M,fault=uffd") } else { memory.clone() });
     let destination = run(&["--memory", &here, "--incoming", &to, "--api-socket", &there], "destination")?;
     wait("vmm", "that it waits for a machine", || directory.path().join("to").exists().then_some(()))?;
+    let link = format!("{SLOW_LINK}M");
     let mut args = vec!["migrate", "--api-socket", &api, "--json", &to];
     if postcopy {
-        args.extend(["--postcopy", "--connections", "2", "--downtime", "1ms"]);
+        args.extend(["--postcopy", "--connections", "2", "--bandwidth", &link]);
     }
     let report = monitors.ask(&args)?;
     let (Some("completed"), Some(seconds), Some(still)) =
@@ -129,6 +164,9 @@ fn by_vmm(
             format!("{report} {}", fs::read_to_string(at("destination")).unwrap_or_default()),
         ));
     };
+    if postcopy && report["postcopy_pages"].as_u64().is_none_or(|pages| pages == 0) {
+        return Err(failed("vmm", "its guest's memory was there before the guest"));
+    }
     readings.add(&TOTAL, seconds * 1e3);
     readings.add(&STILL, still);
     readings.add(&THROUGHPUT, mib as f64 / seconds);
@@ -149,7 +187,9 @@ fn by_qemu(
     let at = |name: &str| directory.path().join(name);
     let start = |name: &str, more: &[&str]| -> Result<(Process, Qmp), BenchError> {
         let qmp = at(name);
-        let mut command = monitors.qemu(mib, way.ring, true, &workload(mib, rate))?;
+        // What is to be asked for cannot be there before.
+        let prealloc = !way.postcopy || name == "source";
+        let mut command = monitors.qemu(mib, way.ring, prealloc, &workload(mib, rate))?;
         command.args(Qmp::option(&qmp)).args(more).stderr(file(&at(&format!("{name}.err")))?);
         let process = Process::start(&mut command)?;
         let said = || fs::read_to_string(at(&format!("{name}.err"))).unwrap_or_default();
@@ -163,14 +203,31 @@ fn by_qemu(
     let to = format!("unix:{}", at("to").display());
     for side in [&mut source, &mut destination] {
         let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
-        let capabilities =
-            json!({ "capabilities": [capability("multifd", way.multifd), capability("events", true)] });
-        side.call("migrate-set-capabilities", &capabilities)?;
-        let parameters = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 20, "multifd-channels": 4 });
+        let capabilities = [
+            capability("multifd", way.multifd),
+            capability("postcopy-ram", way.postcopy),
+            capability("events", true),
+        ];
+        side.call("migrate-set-capabilities", &json!({ "capabilities": capabilities }))?;
+        let link = if way.postcopy { SLOW_LINK << 20 } else { 1 << 40 };
+        let parameters = json!({
+            "max-bandwidth": link,
+            "max-postcopy-bandwidth": if way.postcopy { link } else { 0 },
+            "downtime-limit": 20,
+            "multifd-channels": 4,
+        });
         side.call("migrate-set-parameters", &parameters)?;
     }
     destination.call("migrate-incoming", &json!({ "uri": to }))?;
     source.call("migrate", &json!({ "uri": to }))?;
+    if way.postcopy {
+        // It switches when it is told to: after its first round.
+        wait("QEMU", "the end of its first round", || {
+            let status = source.call("query-migrate", &json!({})).ok()?;
+            (status["ram"]["dirty-sync-count"].as_u64() > Some(1)).then_some(())
+        })?;
+        source.call("migrate-start-postcopy", &json!({}))?;
+    }
     let status = wait("QEMU", "the end of its migration", || {
         let status = source.call("query-migrate", &json!({})).ok()?;
         (status["status"] == "completed").then_some(status)
