@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::thread;
 
 use dirty_track::fault::{
     Age, Config, Counts, FaultError, PageSource, ParseError, Policies, Prefault, Server, Source, Split,
@@ -131,11 +132,15 @@ pub fn start(
     let slots = slots.into_iter().map(|slot| (slot, source.clone())).collect();
     // A handler has time for the faults of some vCPUs: each sleeps through most of its own.
     let handlers = usize::from(cpus).div_ceil(CPUS_PER_HANDLER);
+    let ahead = thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST_AHEAD));
     let huge = memory.huge == HugePages::Thp;
-    Server::start(slots, Config { policies, working_set, handlers, fill, huge })
+    Server::start(slots, Config { policies, working_set, handlers, ahead, fill, huge })
 }
 
 const CPUS_PER_HANDLER: usize = 8;
+
+/// Threads that bring in what was not asked for yet: more than this find little to do but wait for each other, or for a disk.
+const MOST_AHEAD: usize = 8;
 
 /// Writes what the guest is known to have touched to `path`: beside it first, so that what was there is whole until it
 /// is replaced.

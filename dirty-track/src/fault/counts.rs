@@ -94,6 +94,11 @@ impl Counter {
         self.0.fetch_add(count as u64, Ordering::Relaxed);
     }
 
+    /// Takes away what was [added](Counter::add).
+    pub(super) fn take(&self, count: usize) {
+        self.0.fetch_sub(count as u64, Ordering::Relaxed);
+    }
+
     /// Has `count` more in it until the guard is dropped.
     pub(super) fn hold(&self, count: usize) -> Held<'_> {
         self.add(count);

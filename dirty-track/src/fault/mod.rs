@@ -13,10 +13,10 @@
 //! error of a [source](PageSource) keeps the guest's thread asleep, is [reported](Server::failure), and is tried again.
 //!
 //! # What comes unasked
-//! What was recorded of an earlier run, and then all the rest if [`Config::fill`] says so, is brought in by a thread that
-//! goes on from the block that the guest asked for last: who walks through memory finds the next blocks there. A block that
-//! comes whole, and that nobody tracks, is moved into the guest instead of copied ([`Config::huge`]): it was fetched into a
-//! huge page, and is one for the guest.
+//! What was recorded of an earlier run ([`Config::ahead`]), and then all the rest if [`Config::fill`] says so, is brought in
+//! by threads that go on from the block that the guest asked for last: who walks through memory finds the next blocks there,
+//! and who asks for a page of a block that is on its way waits for that. A block that comes whole, and that nobody tracks,
+//! is moved into the guest instead of copied ([`Config::huge`]): it was fetched into a huge page, and is one for the guest.
 //!
 //! A handler looks for the next fault for a while before it sleeps ([`lookout`](crate::sys::uffd::lookout)): to be woken
 //! takes longer than to serve.
@@ -41,6 +41,7 @@
 
 pub mod age;
 mod agree;
+mod claims;
 mod counts;
 mod error;
 mod plan;

@@ -18,6 +18,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use vmm_sys_util::errno;
 
 use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange};
+use crate::fault::claims::Claims;
 use crate::fault::counts::{Counter, Counters};
 use crate::fault::plan::{Install, Origin, Plan, Policies, View, ahead, plan};
 use crate::fault::{Age, FaultError, PageSource, Prefault, WorkingSet};
@@ -126,7 +127,29 @@ pub(super) struct Pager<K> {
     pub(super) news: RwLock<()>,
     /// The block of the last fault of a missing page, or [`NONE`](crate::fault::sweep::NONE).
     pub(super) asked: AtomicU64,
+    pub(super) claims: Claims,
     pub(super) counters: Counters,
+}
+
+/// A claim to a block, which is one until it is dropped: see [`Pager::claim`].
+pub(super) struct Claimed<'a, K: Kernel> {
+    pager: &'a Pager<K>,
+    slot: usize,
+    gfn: Gfn,
+}
+
+impl<K: Kernel> Drop for Claimed<'_, K> {
+    fn drop(&mut self) {
+        let Claimed { pager, slot, gfn } = *self;
+        let sleepers = pager.claims.end(slot, gfn);
+        if sleepers > 0 {
+            let frames = pager.slots[slot].frames;
+            let first = gfn.block() * LEAVES_PER_BLOCK;
+            let page = |gfn: u64| (gfn.clamp(frames.start.0, frames.end().0) - frames.start.0) as usize;
+            pager.kernel.wake(slot, page(first)..page(first + LEAVES_PER_BLOCK));
+            pager.counters.waiting.take(sleepers);
+        }
+    }
 }
 
 /// What one handler has to itself.
@@ -181,8 +204,15 @@ impl<K: Kernel> Pager<K> {
         self.news.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody sleeps at `address`. When this returns they are awake, or an error says why they are not: then it is
-    /// to be called again, or they are to be woken to fault anew.
+    /// Says that the block of `gfn` is about to be brought in, from a source that does not take long: a handler does not
+    /// fetch it as well, and leaves who sleeps there to whoever holds the claim.
+    pub(super) fn claim(&self, slot: usize, gfn: Gfn) -> Claimed<'_, K> {
+        self.claims.begin(slot, gfn);
+        Claimed { pager: self, slot, gfn }
+    }
+
+    /// Somebody sleeps at `address`. When this returns they are awake, or will be when a claim ends, or an error says why
+    /// they are not: then it is to be called again, or they are to be woken to fault anew.
     pub(super) fn serve(&self, worker: &mut Worker, address: u64, cause: Cause) -> Result<(), FaultError> {
         match cause {
             Cause::Missing { .. } => self.counters.missing.add(1),
@@ -226,6 +256,12 @@ impl<K: Kernel> Pager<K> {
                 Plan::Install(install) => {
                     let (first, alone) = (block.first(), install.filled == Leaves::one(leaf));
                     drop((block, no_news));
+                    // They wait still; before the claim ends, after which they are counted no more.
+                    self.counters.waiting.add(1);
+                    if self.claims.leave(index, gfn) {
+                        return Ok(());
+                    }
+                    self.counters.waiting.take(1);
                     match worker.fetch(slot, first, &install) {
                         Ok(()) => {}
                         // A neighbour that cannot be had is no reason to let the guest wait.

@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{BLOCK_SIZE, Gfn, LEAVES_PER_BLOCK, PAGE_BYTES, PageRange, PageSize};
+use crate::fault::claims::Claims;
 use crate::fault::counts::Counts;
 use crate::fault::plan::{Origin, Policies};
 use crate::fault::serve::{Fill, Kernel, Pager, Served, Worker};
@@ -37,7 +38,10 @@ pub struct Config {
     /// Number of threads: 1 or more. One serves some forty thousand faults a second; more help where a source takes
     /// its time.
     pub handlers: usize,
-    /// What nobody asks for is brought in from the first fault on, by a thread that gives way to handlers.
+    /// Number of threads that bring in what was not asked for yet: 1 or more. A guest has little to do before its memory is
+    /// there, so there may be one for each processor.
+    pub ahead: usize,
+    /// What nobody asks for is brought in from the first fault on, by threads that give way to handlers.
     pub fill: bool,
     /// Private anonymous memory gets huge pages (THP) where a block comes as a whole from a [`Source::Fetch`] and needs no
     /// protection: such a block is moved instead of copied. Without Linux 6.8, or without a huge page at hand, it has
@@ -51,6 +55,7 @@ impl Default for Config {
             policies: Policies::default(),
             working_set: WorkingSet::default(),
             handlers: 1,
+            ahead: 1,
             fill: false,
             huge: false,
         }
@@ -97,9 +102,9 @@ impl Server {
     /// [`FaultError::Userfaultfd`]; [`FaultError::Pagemap`] and [`FaultError::Look`]; [`FaultError::Slot`] when a slot and its source do not go together;
     /// [`FaultError::Config`]; [`FaultError::Register`]; [`FaultError::Handler`].
     pub fn start(slots: Vec<(Slot, Source)>, config: Config) -> Result<Server, FaultError> {
-        let Config { policies, working_set, handlers, fill, huge } = config;
-        if handlers == 0 {
-            return Err(FaultError::Config("there must be a handler"));
+        let Config { policies, working_set, handlers, ahead, fill, huge } = config;
+        if handlers == 0 || ahead == 0 {
+            return Err(FaultError::Config("there must be a handler, and a thread that works ahead"));
         }
         if policies.prefault == Prefault::Recorded && working_set.ranges().is_empty() {
             return Err(FaultError::Config("prefault=recorded needs a working set that was recorded before"));
@@ -150,6 +155,7 @@ impl Server {
             track: AtomicBool::new(false),
             news: RwLock::new(()),
             asked: AtomicU64::new(NONE),
+            claims: Claims::default(),
             counters: Default::default(),
         };
         let shared = Arc::new(Shared { pager, ending: AtomicBool::new(false), failure: Mutex::new(None) });
@@ -162,7 +168,7 @@ impl Server {
         server.shared.pager.adopt()?;
         let recorded = policies.prefault == Prefault::Recorded;
         if recorded || fill {
-            server.bring_ahead(recorded, fill).map_err(FaultError::Handler)?;
+            server.bring_ahead(recorded, fill, ahead).map_err(FaultError::Handler)?;
         }
         Ok(server)
     }
@@ -170,22 +176,31 @@ impl Server {
     /// Brings pages in before they are asked for: those of the working set at once, and then what nobody asks for, once
     /// somebody has asked for something: before, a guest is being made that should start soon. Who asks earlier is served
     /// as ever.
-    fn bring_ahead(&mut self, recorded: bool, fill: bool) -> io::Result<()> {
-        let shared = Arc::clone(&self.shared);
-        let work = move || {
-            // A source that fails or panics here is asked again by a handler, which reports it.
-            if recorded {
-                let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead()));
-            }
-            let begun = || shared.pager.counters.now().missing > 0 || shared.ending.load(Ordering::Relaxed);
-            while fill && !begun() {
-                thread::sleep(BEFORE_FILLING);
-            }
-            if fill {
-                let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest()));
-            }
-        };
-        self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
+    fn bring_ahead(&mut self, recorded: bool, fill: bool, threads: usize) -> io::Result<()> {
+        let set = recorded.then(|| Mutex::new(Sweep::new(self.shared.blocks_of_working_set())));
+        let rest = fill.then(|| Mutex::new(Sweep::new(self.shared.blocks_of_sources())));
+        let ahead = Arc::new((set, AtomicUsize::new(threads), rest));
+        for _ in 0..threads {
+            let (shared, ahead) = (Arc::clone(&self.shared), Arc::clone(&ahead));
+            let work = move || {
+                let (set, busy, rest) = &*ahead;
+                // A source that fails or panics here is asked again by a handler, which reports it.
+                if let Some(set) = set {
+                    let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead(set)));
+                    if busy.fetch_sub(1, Ordering::AcqRel) == 1 {
+                        shared.cool_working_set();
+                    }
+                }
+                if let Some(rest) = rest {
+                    let begun = || shared.pager.counters.now().missing > 0;
+                    while !begun() && !shared.ending.load(Ordering::Relaxed) {
+                        thread::sleep(BEFORE_FILLING);
+                    }
+                    let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest(rest)));
+                }
+            };
+            self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
+        }
         Ok(())
     }
 
@@ -286,7 +301,7 @@ impl Server {
     /// # Errors
     /// [`FaultError::Fetch`], [`FaultError::Install`]. It can be called again.
     pub fn fill_rest(&self) -> Result<(), FaultError> {
-        self.shared.fill_rest()
+        self.shared.fill_rest(&Mutex::new(Sweep::new(self.shared.blocks_of_sources())))
     }
 
     /// Lets everybody go on who sleeps, with pages of zeros, or of what a shared file has, where none are; from now on nothing
@@ -432,23 +447,27 @@ impl Shared {
         }
     }
 
-    /// Installs the working set, block by block.
-    fn work_ahead(&self) {
+    /// Installs the blocks of the working set that `sweep` has, one by one.
+    fn work_ahead(&self, sweep: &Mutex<Sweep>) {
         let pager = &self.pager;
         let mut worker = Worker::default();
         let wanted = |block: &Block<'_>| pager.working_set.leaves(block);
-        let mut sweep = Sweep::new(self.blocks_of_working_set());
-        while let Some((index, gfn)) = self.next_of(&mut sweep) {
+        while let Some((index, gfn)) = self.next_of(sweep) {
+            let _claimed = pager.claim(index, gfn);
             match pager.fill_block(&mut worker, index, gfn, wanted) {
                 // What is unregistered cannot be filled, and need not be.
                 Err(_) if self.ending.load(Ordering::Relaxed) => return,
                 outcome => outcome.unwrap_or_else(|error| self.failed(error)),
             }
         }
-        // Not before all of it is there: each of these calls holds up who runs on another processor.
-        let mut sweep = Sweep::new(self.blocks_of_working_set());
-        while let Some((index, gfn)) = self.next_of(&mut sweep) {
-            pager.cool_block(index, gfn);
+    }
+
+    /// What was installed of the working set and is old looks unused to the host. Not before all of it is there: each of
+    /// these calls holds up who runs on another processor.
+    fn cool_working_set(&self) {
+        let sweep = Mutex::new(Sweep::new(self.blocks_of_working_set()));
+        while let Some((index, gfn)) = self.next_of(&sweep) {
+            self.pager.cool_block(index, gfn);
         }
     }
 
@@ -466,18 +485,20 @@ impl Shared {
         })
     }
 
-    /// See [`Server::fill_rest`]. It ends with the service.
-    fn fill_rest(&self) -> Result<(), FaultError> {
+    /// The blocks that have pages which the kernel does not find by itself, in a file, and which are not just zeros.
+    fn blocks_of_sources(&self) -> impl Iterator<Item = Part> + '_ {
+        let slots = self.pager.slots.iter().enumerate();
+        let slots = slots.filter(|(_, slot)| !matches!(slot.origin, Origin::Cache | Origin::Zero));
+        slots.flat_map(|(index, slot)| {
+            blocks(slot.frames.start..slot.frames.end()).map(move |block| (block, index))
+        })
+    }
+
+    /// Installs what is missing of the blocks that `sweep` has. It ends with the service.
+    fn fill_rest(&self, sweep: &Mutex<Sweep>) -> Result<(), FaultError> {
         let pager = &self.pager;
         let mut worker = Worker::default();
-        let slots = pager.slots.iter().enumerate();
-        // The kernel itself finds what is in a file, and makes zeros.
-        let slots = slots.filter(|(_, slot)| !matches!(slot.origin, Origin::Cache | Origin::Zero));
-        let blocks = slots.flat_map(|(index, slot)| {
-            blocks(slot.frames.start..slot.frames.end()).map(move |block| (block, index))
-        });
-        let mut sweep = Sweep::new(blocks);
-        while let Some((index, gfn)) = self.next_of(&mut sweep) {
+        while let Some((index, gfn)) = self.next_of(sweep) {
             if pager.counters.now().waiting > 0 {
                 // A handler has to do. Not by a low priority: a block that is being filled is held, and whoever has it
                 // must not have to wait for a processor.
@@ -486,6 +507,7 @@ impl Shared {
             let slot = &pager.slots[index];
             let wanted = slot.filled(gfn).map_err(|source| FaultError::Fetch { gfn, source })?;
             if !wanted.is_empty() {
+                let _claimed = pager.claim(index, gfn);
                 pager.fill_block(&mut worker, index, gfn, |_| wanted)?;
             }
         }
@@ -493,10 +515,12 @@ impl Shared {
     }
 
     /// The next block of `sweep`: its slot, and its first page there. `None` when the service ends, too.
-    fn next_of(&self, sweep: &mut Sweep) -> Option<(usize, Gfn)> {
+    fn next_of(&self, sweep: &Mutex<Sweep>) -> Option<(usize, Gfn)> {
         if self.ending.load(Ordering::Relaxed) {
             return None;
         }
+        // A set of numbers, whole between any two statements.
+        let mut sweep = sweep.lock().unwrap_or_else(PoisonError::into_inner);
         let (block, index) = sweep.next(self.pager.asked.load(Ordering::Relaxed))?;
         Some((index, Gfn(block * LEAVES_PER_BLOCK).max(self.pager.slots[index].frames.start)))
     }

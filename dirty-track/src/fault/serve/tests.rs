@@ -262,6 +262,7 @@ impl World {
                 track: AtomicBool::new(false),
                 news: RwLock::new(()),
                 asked: AtomicU64::new(NONE),
+                claims: Claims::default(),
                 counters: Counters::default(),
             },
             worker: Worker::default(),
