@@ -85,6 +85,17 @@ struct Shared {
     failure: Mutex<Option<FaultError>>,
 }
 
+/// What is left of what is brought in before anybody asks for it.
+#[derive(Debug)]
+struct Ahead {
+    /// Of the working set, if there is one.
+    set: Option<Mutex<Sweep>>,
+    /// Threads that have something of it.
+    busy: AtomicUsize,
+    /// Of all that is not just zeros, if it is to be brought in.
+    rest: Option<Mutex<Sweep>>,
+}
+
 /// How long a handler waits after an error before it tries again.
 const AFTER_ERROR: Duration = Duration::from_millis(1);
 
@@ -173,32 +184,14 @@ impl Server {
         Ok(server)
     }
 
-    /// Brings pages in before they are asked for: those of the working set at once, and then what nobody asks for, once
-    /// somebody has asked for something: before, a guest is being made that should start soon. Who asks earlier is served
-    /// as ever.
+    /// Has so many threads bring in what nobody has asked for yet.
     fn bring_ahead(&mut self, recorded: bool, fill: bool, threads: usize) -> io::Result<()> {
         let set = recorded.then(|| Mutex::new(Sweep::new(self.shared.blocks_of_working_set())));
         let rest = fill.then(|| Mutex::new(Sweep::new(self.shared.blocks_of_sources())));
-        let ahead = Arc::new((set, AtomicUsize::new(threads), rest));
+        let ahead = Arc::new(Ahead { set, busy: AtomicUsize::new(threads), rest });
         for _ in 0..threads {
             let (shared, ahead) = (Arc::clone(&self.shared), Arc::clone(&ahead));
-            let work = move || {
-                let (set, busy, rest) = &*ahead;
-                // A source that fails or panics here is asked again by a handler, which reports it.
-                if let Some(set) = set {
-                    let _ = catch_unwind(AssertUnwindSafe(|| shared.work_ahead(set)));
-                    if busy.fetch_sub(1, Ordering::AcqRel) == 1 {
-                        shared.cool_working_set();
-                    }
-                }
-                if let Some(rest) = rest {
-                    let begun = || shared.pager.counters.now().missing > 0;
-                    while !begun() && !shared.ending.load(Ordering::Relaxed) {
-                        thread::sleep(BEFORE_FILLING);
-                    }
-                    let _ = catch_unwind(AssertUnwindSafe(|| shared.fill_rest(rest)));
-                }
-            };
+            let work = move || shared.bring_ahead(&ahead);
             self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
         }
         Ok(())
@@ -444,6 +437,24 @@ impl Shared {
                 }
             }
             waiting.one_done();
+        }
+    }
+
+    /// Brings in the working set at once, and then what nobody asks for, once somebody has asked for something: before, a
+    /// guest is being made that should start soon.
+    fn bring_ahead(&self, ahead: &Ahead) {
+        // A source that fails or panics here is asked again by a handler, which reports it.
+        if let Some(set) = &ahead.set {
+            let _ = catch_unwind(AssertUnwindSafe(|| self.work_ahead(set)));
+            if ahead.busy.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.cool_working_set();
+            }
+        }
+        if let Some(rest) = &ahead.rest {
+            while self.pager.counters.now().missing == 0 && !self.ending.load(Ordering::Relaxed) {
+                thread::sleep(BEFORE_FILLING);
+            }
+            let _ = catch_unwind(AssertUnwindSafe(|| self.fill_rest(rest)));
         }
     }
 
