@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -96,11 +96,19 @@ struct Ahead {
     rest: Option<Mutex<Sweep>>,
 }
 
+fn lock(sweep: &Mutex<Sweep>) -> MutexGuard<'_, Sweep> {
+    // A set of numbers, whole between any two statements.
+    sweep.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// How long a handler waits after an error before it tries again.
 const AFTER_ERROR: Duration = Duration::from_millis(1);
 
 /// Between two looks whether anybody has asked for a page.
 const BEFORE_FILLING: Duration = Duration::from_millis(1);
+
+/// What a guest that goes on takes for the some ten pages that it needs first.
+const ITS_FIRST_FAULTS: Duration = Duration::from_millis(3);
 
 /// How long the end of the service waits for a handler that is busy with a source.
 const FOR_HANDLERS: Duration = Duration::from_secs(1);
@@ -189,9 +197,9 @@ impl Server {
         let set = recorded.then(|| Mutex::new(Sweep::new(self.shared.blocks_of_working_set())));
         let rest = fill.then(|| Mutex::new(Sweep::new(self.shared.blocks_of_sources())));
         let ahead = Arc::new(Ahead { set, busy: AtomicUsize::new(threads), rest });
-        for _ in 0..threads {
+        for first in (0..threads).map(|number| number == 0) {
             let (shared, ahead) = (Arc::clone(&self.shared), Arc::clone(&ahead));
-            let work = move || shared.bring_ahead(&ahead);
+            let work = move || shared.bring_ahead(&ahead, first);
             self.threads.push(thread::Builder::new().name("fault-ahead".into()).spawn(work)?);
         }
         Ok(())
@@ -440,9 +448,13 @@ impl Shared {
         }
     }
 
-    /// Brings in the working set at once, and then what nobody asks for, once somebody has asked for something: before, a
-    /// guest is being made that should start soon.
-    fn bring_ahead(&self, ahead: &Ahead) {
+    /// Brings in the working set, and then what nobody asks for. Just the `first` thread begins with the set at once; without
+    /// one all of them let the guest begin.
+    fn bring_ahead(&self, ahead: &Ahead, first: bool) {
+        let is_in = || ahead.set.as_ref().is_some_and(|set| lock(set).is_done());
+        if !first || ahead.set.is_none() {
+            self.let_the_guest_begin(is_in);
+        }
         // A source that fails or panics here is asked again by a handler, which reports it.
         if let Some(set) = &ahead.set {
             let _ = catch_unwind(AssertUnwindSafe(|| self.work_ahead(set)));
@@ -451,11 +463,19 @@ impl Shared {
             }
         }
         if let Some(rest) = &ahead.rest {
-            while self.pager.counters.now().missing == 0 && !self.ending.load(Ordering::Relaxed) {
-                thread::sleep(BEFORE_FILLING);
-            }
             let _ = catch_unwind(AssertUnwindSafe(|| self.fill_rest(rest)));
         }
+    }
+
+    /// Returns a moment after somebody has asked for a page, or when there is no need to wait. Before, a guest is being made
+    /// that should start soon; and what it needs then to get on at all comes sooner, page by page, if nobody else wants
+    /// processors.
+    fn let_the_guest_begin(&self, no_need: impl Fn() -> bool) {
+        let has_begun = || self.pager.counters.now().missing > 0 || self.ending.load(Ordering::Relaxed);
+        while !has_begun() && !no_need() {
+            thread::sleep(BEFORE_FILLING);
+        }
+        thread::sleep(ITS_FIRST_FAULTS);
     }
 
     /// Installs the blocks of the working set that `sweep` has, one by one.
@@ -530,9 +550,7 @@ impl Shared {
         if self.ending.load(Ordering::Relaxed) {
             return None;
         }
-        // A set of numbers, whole between any two statements.
-        let mut sweep = sweep.lock().unwrap_or_else(PoisonError::into_inner);
-        let (block, index) = sweep.next(self.pager.asked.load(Ordering::Relaxed))?;
+        let (block, index) = lock(sweep).next(self.pager.asked.load(Ordering::Relaxed))?;
         Some((index, Gfn(block * LEAVES_PER_BLOCK).max(self.pager.slots[index].frames.start)))
     }
 

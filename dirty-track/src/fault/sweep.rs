@@ -25,6 +25,11 @@ impl Sweep {
         Sweep { left: parts.into_iter().collect(), at: (NONE, 0), asked: NONE }
     }
 
+    /// Whether there is no next one.
+    pub(super) fn is_done(&self) -> bool {
+        self.left.is_empty()
+    }
+
     /// The next one, each once. `asked` is the block that was asked for last, or [`NONE`].
     pub(super) fn next(&mut self, asked: u64) -> Option<Part> {
         if self.asked != asked {
@@ -55,6 +60,7 @@ mod tests {
         assert_eq!(sweep.next(7), Some((4, 0)));
         assert_eq!(sweep.next(4), Some((5, 1)));
         assert_eq!(sweep.next(4), Some((4, 1)));
+        assert!(!Sweep::new([(3, 0)]).is_done() && sweep.is_done());
         assert_eq!(sweep.next(4), None);
         assert_eq!(sweep.next(1), None);
         assert_eq!(Sweep::new([]).next(NONE), None);

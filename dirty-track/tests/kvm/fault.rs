@@ -268,7 +268,7 @@ fn a_recorded_working_set_is_there_before_it_is_asked_for() {
         let recorded = pages.iter().map(|&start| PageRange { start, pages: 1 });
         let beyond = PageRange { start: Gfn(SLOTS[1].0.0 + SLOTS[1].1 - 3), pages: 1 << 50 };
         let working_set = WorkingSet::new(recorded.chain([beyond]));
-        let config = Config { policies, working_set, ..Config::default() };
+        let config = Config { policies, working_set, ahead: 3, ..Config::default() };
         let Some(server) = serve(test, machine, &Source::Fetch(Arc::new(Originals)), config) else { return };
         let all = pages.len() as u64 + 2;
         let patience = Instant::now() + Duration::from_secs(60);
