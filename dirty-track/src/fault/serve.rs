@@ -256,7 +256,7 @@ impl<K: Kernel> Pager<K> {
                 Plan::Install(install) => {
                     let (first, alone) = (block.first(), install.filled == Leaves::one(leaf));
                     drop((block, no_news));
-                    // They wait still; before the claim ends, after which they are counted no more.
+                    // They wait still. Counted before they are left: who ends the claim counts them no more.
                     self.counters.waiting.add(1);
                     if self.claims.leave(index, gfn) {
                         return Ok(());
