@@ -127,6 +127,7 @@ pub(super) struct Pager<K> {
     pub(super) news: RwLock<()>,
     /// The block of the last fault of a missing page, or [`NONE`](crate::fault::sweep::NONE).
     pub(super) asked: AtomicU64,
+    /// Blocks that handlers leave to who works ahead.
     pub(super) claims: Claims,
     pub(super) counters: Counters,
 }
